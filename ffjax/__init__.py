@@ -1,0 +1,30 @@
+"""One person's Llama tokens, as fast as the hardware allows, in JAX."""
+
+from ffjax.checkpoint import load, save
+from ffjax.config import LlamaConfig, RopeScaling
+from ffjax.errors import (
+  CheckpointError,
+  ConfigError,
+  FfjaxError,
+  RequestError,
+  TokenizerError,
+)
+from ffjax.params import Model, random_model
+from ffjax.presets import preset
+from ffjax.version import __version__
+
+__all__ = [
+  "CheckpointError",
+  "ConfigError",
+  "FfjaxError",
+  "LlamaConfig",
+  "Model",
+  "RequestError",
+  "RopeScaling",
+  "TokenizerError",
+  "__version__",
+  "load",
+  "preset",
+  "random_model",
+  "save",
+]

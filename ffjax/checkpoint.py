@@ -1,0 +1,358 @@
+"""Checkpoint files to a `Model` and back.
+
+Everything that can be wrong with names, shapes and sizes is found before the
+first weight is read. Tensors are then copied in blocks of rows straight into
+the stacked parameters on the device, so that the host never holds more than
+the model (if it is the device) and a block.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from ffjax import (
+  device_memory,
+  gguf_file,
+  gguf_tokenizer,
+  params,
+  safetensors_file,
+  text,
+)
+from ffjax.config import LlamaConfig, read_json_object
+from ffjax.errors import CheckpointError, TokenizerError
+from ffjax.params import Leaf, Model
+from ffjax.tensor_entry import TensorEntry
+
+# Rows are read, checked and sent to the device in blocks of about this size.
+_BLOCK_BYTES = 16 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+  path: str | os.PathLike[str],
+  dtype: Any = None,
+  progress: Progress | None = None,
+) -> Model:
+  """Loads a Llama checkpoint onto the default device.
+
+  Args:
+    path: a Hugging Face directory (`config.json`, safetensors in one file or
+      sharded, perhaps `tokenizer.json`), or a `.gguf` file.
+    dtype: dtype of all parameters: float32, bfloat16 or float16. None keeps
+      each tensor's own, and float32 for quantised ones.
+    progress: called as `progress(done_bytes, total_bytes)` while loading,
+      first with 0, last with `done_bytes == total_bytes`.
+
+  Returns:
+    The model, with its tokenizer if the checkpoint has one.
+
+  Raises:
+    CheckpointError, ConfigError, TokenizerError: naming the file or tensor
+      that is missing, damaged, unknown or not supported.
+    RequestError: if the dtype is not supported or the model does not fit.
+  """
+  path = pathlib.Path(path)
+  if dtype is not None:
+    dtype = params.checked_dtype(dtype)
+  config, entries, tokenizer = _open(path)
+  plan = _match(path, config, entries)
+  total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
+  device_memory.require(total_bytes, f"{path}: the model")
+
+  done_bytes = 0
+
+  def advance(num_bytes: int) -> None:
+    nonlocal done_bytes
+    done_bytes += num_bytes
+    if progress is not None:
+      progress(done_bytes, total_bytes)
+
+  advance(0)
+  tree = {
+    leaf.path: _load_leaf(leaf, parts, dtype, advance) for leaf, parts in plan
+  }
+  return Model(
+    params=flax.traverse_util.unflatten_dict(tree),
+    config=config,
+    tokenizer=tokenizer,
+  )
+
+
+def _open(
+  path: pathlib.Path,
+) -> tuple[LlamaConfig, list[TensorEntry], text.Tokenizer | None]:
+  """Reads everything but the weights."""
+  if path.is_dir():
+    raw = read_json_object(path / "config.json")
+    config = LlamaConfig.from_dict(raw, str(path / "config.json"))
+    config = _with_generation_eos(config, path / "generation_config.json")
+    entries = safetensors_file.open_directory(path)
+    return config, entries, text.load_tokenizer(path)
+  if not path.exists():
+    raise CheckpointError(
+      f"{path}: no such file or directory (ffjax reads local checkpoints)"
+    )
+  if path.suffix != ".gguf":
+    raise CheckpointError(
+      f"{path}: expected a Hugging Face directory or a .gguf file"
+    )
+  opened = gguf_file.open_gguf(path)
+  config = LlamaConfig.from_dict(opened.config, str(path))
+  return config, opened.entries, _gguf_tokenizer(path, opened)
+
+
+def _gguf_tokenizer(
+  path: pathlib.Path, opened: gguf_file.GgufFile
+) -> text.Tokenizer | None:
+  if not opened.tokenizer_metadata:
+    return None
+  try:
+    return gguf_tokenizer.tokenizer_from_gguf(opened.tokenizer_metadata)
+  except TokenizerError as e:
+    raise TokenizerError(f"{path}: {e}") from e
+
+
+def _with_generation_eos(
+  config: LlamaConfig, path: pathlib.Path
+) -> LlamaConfig:
+  """Adds the ends of text that chat models list only for generation."""
+  if not path.exists():
+    return config
+  raw = config.to_dict()
+  more = read_json_object(path).get("eos_token_id")
+  more = more if isinstance(more, list) else [] if more is None else [more]
+  raw["eos_token_id"] = [*config.eos_token_ids, *more]
+  return LlamaConfig.from_dict(raw, str(path))
+
+
+def _match(
+  path: pathlib.Path, config: LlamaConfig, entries: list[TensorEntry]
+) -> list[tuple[Leaf, list[TensorEntry]]]:
+  """Pairs every leaf with its tensors, one per layer; nothing may be left."""
+  by_name = {entry.name: entry for entry in entries}
+  plan = []
+  for leaf in params.leaves(config):
+    missing = [name for name in leaf.names if name not in by_name]
+    if missing:
+      raise CheckpointError(
+        f"{path}: {missing[0]} is missing"
+        + (f", and {len(missing) - 1} more like it" if missing[1:] else "")
+      )
+    parts = [by_name.pop(name) for name in leaf.names]
+    for part in parts:
+      if part.shape != leaf.tensor_shape:
+        raise CheckpointError(
+          f"{part.path}: {part.name} has shape {list(part.shape)}, but the"
+          f" config makes it {list(leaf.tensor_shape)}"
+        )
+    plan.append((leaf, parts))
+  head = by_name.pop("lm_head.weight", None)
+  if head is not None:
+    (embedding,) = (
+      parts[0] for leaf, parts in plan if leaf.path[0] == "embed_tokens"
+    )
+    _check_tied(head, embedding)
+  for name, entry in by_name.items():
+    # Older checkpoints carry the rope table, which the config determines.
+    if not name.endswith("rotary_emb.inv_freq"):
+      raise CheckpointError(
+        f"{entry.path}: {name} is not a tensor of this config"
+      )
+  return plan
+
+
+def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
+  """Accepts a redundant LM head only if it is the embedding, bit for bit."""
+  same = head.shape == embedding.shape and head.dtype == embedding.dtype
+  if same:
+    same = all(
+      head.read(*rows).tobytes() == embedding.read(*rows).tobytes()
+      for rows in _row_blocks(head)
+    )
+  if not same:
+    raise CheckpointError(
+      f"{head.path}: lm_head.weight differs from the embedding, but the config"
+      " says tie_word_embeddings"
+    )
+
+
+def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
+  if dtype is not None:
+    return dtype
+  return functools.reduce(jnp.promote_types, (part.dtype for part in parts))
+
+
+def _leaf_bytes(
+  leaf: Leaf, parts: list[TensorEntry], dtype: np.dtype | None
+) -> int:
+  return int(np.prod(leaf.shape)) * _leaf_dtype(parts, dtype).itemsize
+
+
+def _row_blocks(part: TensorEntry) -> Iterator[tuple[int, int]]:
+  """Cuts a tensor into blocks of rows: `(start, stop)` pairs."""
+  rows = part.shape[0]
+  row_bytes = int(np.prod(part.shape[1:])) * part.dtype.itemsize
+  step = max(1, _BLOCK_BYTES // row_bytes)
+  for start in range(0, rows, step):
+    yield start, min(start + step, rows)
+
+
+def _load_leaf(
+  leaf: Leaf,
+  parts: list[TensorEntry],
+  dtype: np.dtype | None,
+  advance: Callable[[int], None],
+) -> jax.Array:
+  """Returns the leaf on the device; calls `advance` with bytes as they land."""
+  leaf_dtype = _leaf_dtype(parts, dtype)
+  if _leaf_bytes(leaf, parts, dtype) <= _BLOCK_BYTES:
+    # Small enough to gather on the host: no compilation, one transfer.
+    tensors = [_converted(p, 0, p.shape[0], leaf_dtype) for p in parts]
+    host = np.stack(tensors) if leaf.stacked else tensors[0]
+    advance(host.nbytes)
+    return jax.device_put(host)
+  array = jnp.zeros(leaf.shape, leaf_dtype)
+  for layer, part in enumerate(parts):
+    for start, stop in _row_blocks(part):
+      block = _converted(part, start, stop, leaf_dtype)
+      at = (start, *(0 for _ in part.shape[1:]))
+      if leaf.stacked:
+        block, at = block[None], (layer, *at)
+      array = _write(array, block, np.asarray(at, np.int32))
+      # Blocks still in flight would add up to a second copy of the model.
+      array.block_until_ready()
+      advance(block.nbytes)
+  return array
+
+
+# The exponent bits; all of them are set in infinities and NaNs only.
+_EXPONENT_MASKS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+
+
+def _converted(
+  part: TensorEntry, start: int, stop: int, dtype: np.dtype
+) -> np.ndarray:
+  """Reads rows in `dtype`; refuses values that are not finite in it."""
+  with np.errstate(over="ignore"):  # An overflow is reported just below.
+    block = part.read(start, stop).astype(dtype, copy=False)
+  mask = _EXPONENT_MASKS[dtype.name]
+  bits = block.view(f"u{dtype.itemsize}")
+  if (np.bitwise_and(bits, mask) == mask).any():
+    raise CheckpointError(
+      f"{part.path}: {part.name} holds values that are not finite as"
+      f" {dtype.name}"
+    )
+  return block
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(array: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_slice(array, block, tuple(at))
+
+
+def save(
+  model: Model,
+  directory: str | os.PathLike[str],
+  max_shard_bytes: int = 2 * 10**9,
+) -> None:
+  """Saves a model as a Hugging Face directory; `load` gives the same bits.
+
+  Args:
+    model: what to save: parameters, config and, if there is one, tokenizer.
+    directory: is made if needed; must not hold a checkpoint yet.
+    max_shard_bytes: a shard is closed before it grows beyond this, unless it
+      is one larger tensor. The host holds one shard at a time.
+
+  Raises:
+    CheckpointError: if the directory holds a checkpoint or cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  for name in ("config.json", safetensors_file.SINGLE_NAME):
+    if (directory / name).exists():
+      raise CheckpointError(
+        f"{directory / name} is there already; save to another directory"
+      )
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    _save_tensors(model, directory, max_shard_bytes)
+    if model.tokenizer is not None:
+      model.tokenizer.save(directory)
+    # Last, so that a directory with a config is a whole checkpoint.
+    _write_json(directory / "config.json", _saved_config(model))
+  except OSError as e:
+    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
+
+
+def _saved_config(model: Model) -> dict[str, Any]:
+  dtype = model.params["embed_tokens"]["weight"].dtype
+  return {**model.config.to_dict(), "torch_dtype": dtype.name}
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_tensors(
+  model: Model, directory: pathlib.Path, max_shard_bytes: int
+) -> None:
+  flat = flax.traverse_util.flatten_dict(model.params)
+  tensors = [
+    (name, leaf, layer)
+    for leaf in params.leaves(model.config)
+    for layer, name in enumerate(leaf.names)
+  ]
+  # Hugging Face's order: by layer, so that a shard holds whole layers.
+  tensors.sort(key=lambda item: (item[1].stacked, item[2]))
+
+  def num_bytes(leaf: Leaf) -> int:
+    array = flat[leaf.path]
+    return array.nbytes // (leaf.shape[0] if leaf.stacked else 1)
+
+  shards: list[list[tuple[str, Leaf, int]]] = [[]]
+  shard_bytes = 0
+  for item in tensors:
+    size = num_bytes(item[1])
+    if shards[-1] and shard_bytes + size > max_shard_bytes:
+      shards.append([])
+      shard_bytes = 0
+    shards[-1].append(item)
+    shard_bytes += size
+
+  weight_map = {}
+  for number, shard in enumerate(shards, start=1):
+    file_name = safetensors_file.SINGLE_NAME
+    if len(shards) > 1:
+      file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    host = {
+      name: np.asarray(
+        flat[leaf.path][layer] if leaf.stacked else flat[leaf.path]
+      )
+      for name, leaf, layer in shard
+    }
+    unfinished = directory / (file_name + ".unfinished")
+    # transformers refuses files that do not say which framework they are for.
+    safetensors.numpy.save_file(host, unfinished, metadata={"format": "pt"})
+    # The library makes files that only their owner can read.
+    unfinished.chmod(0o666 & ~_umask())
+    unfinished.rename(directory / file_name)
+    weight_map.update(dict.fromkeys(host, file_name))
+  if len(shards) > 1:
+    total = sum(num_bytes(leaf) for _, leaf, _ in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(directory / safetensors_file.INDEX_NAME, index)
+
+
+def _umask() -> int:
+  current = os.umask(0)
+  os.umask(current)
+  return current

@@ -1,0 +1,149 @@
+"""A loaded model, and the one table of parameter names.
+
+The parameter tree's keys are the Hugging Face names without their `model.`
+prefix and layer number; a leaf below `layers` stacks that tensor of all
+layers, `[L, ...]`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ffjax import device_memory
+from ffjax import model as model_lib
+from ffjax.config import LlamaConfig
+from ffjax.errors import RequestError
+from ffjax.text import Tokenizer
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+@struct.dataclass
+class Model:
+  """A config, its parameters, and perhaps a tokenizer; a pytree.
+
+  It can be passed to jitted functions: the parameters are traced, the rest is
+  static.
+
+  Attributes:
+    params: parameter tree, see the module's docstring.
+    config: the model's sizes and constants.
+    tokenizer: turns text into token ids and back, or None.
+  """
+
+  params: model_lib.Params
+  config: LlamaConfig = struct.field(pytree_node=False)
+  tokenizer: Tokenizer | None = struct.field(pytree_node=False, default=None)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Dtype of the reference's activations and cache.
+
+    That of the weights; float32 for float16 weights, whose range activations
+    would overflow.
+    """
+    dtype = self.params["embed_tokens"]["weight"].dtype
+    return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
+
+  @property
+  def weight_itemsize_bytes(self) -> int:
+    """Bytes of one weight of a matrix."""
+    return self.params["embed_tokens"]["weight"].dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One leaf of the parameter tree.
+
+  Attributes:
+    path: keys from the root.
+    shape: shape in elements, with the axis L in front below `layers`.
+    names: Hugging Face names of the tensors in it, in order of their layers;
+      one name if it is not stacked.
+  """
+
+  path: tuple[str, ...]
+  shape: tuple[int, ...]
+  names: tuple[str, ...]
+
+  @property
+  def stacked(self) -> bool:
+    """Whether the first axis counts layers."""
+    return self.path[0] == "layers"
+
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """Shape of each Hugging Face tensor."""
+    return self.shape[1:] if self.stacked else self.shape
+
+
+def leaves(config: LlamaConfig) -> list[Leaf]:
+  """Lists the leaves of the parameter tree of `config`, without making any."""
+  shapes = jax.eval_shape(
+    functools.partial(
+      model_lib.init_params, config=config, dtype=np.dtype(np.float32)
+    ),
+    jax.random.key(0),
+  )
+  table = []
+  for path, shape in flax.traverse_util.flatten_dict(shapes).items():
+    if path[0] == "layers":
+      below = ".".join(path[1:])
+      names = tuple(
+        f"model.layers.{layer}.{below}"
+        for layer in range(config.num_hidden_layers)
+      )
+    else:
+      prefix = "" if path[0] == "lm_head" else "model."
+      names = (prefix + ".".join(path),)
+    table.append(Leaf(path=path, shape=shape.shape, names=names))
+  return table
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+  """Returns a dtype that parameters may have.
+
+  Raises:
+    RequestError: if it is not float32, bfloat16 or float16.
+  """
+  try:
+    checked = jnp.dtype(dtype)
+  except TypeError:
+    checked = None
+  if checked is None or checked.name not in DTYPE_NAMES:
+    raise RequestError(
+      f"dtype={dtype!r} is not supported (supported: {', '.join(DTYPE_NAMES)})"
+    )
+  return checked
+
+
+def random_model(
+  config: LlamaConfig, seed: int = 0, dtype: Any = "bfloat16"
+) -> Model:
+  """Makes a model with random weights on the default device.
+
+  Matrices are normal with standard deviation 0.02, norm weights normal around
+  1, so that no parameter can be left out unnoticed.
+
+  Args:
+    config: the model.
+    seed: the same seed gives the same weights on the same kind of device.
+    dtype: float32, bfloat16 or float16.
+
+  Raises:
+    RequestError: if the dtype is not supported or the model does not fit.
+  """
+  dtype = checked_dtype(dtype)
+  device_memory.require(
+    config.num_params * dtype.itemsize, f"the model as {dtype.name}"
+  )
+  init = jax.jit(
+    functools.partial(model_lib.init_params, config=config, dtype=dtype)
+  )
+  return Model(params=init(jax.random.key(seed)), config=config)
