@@ -1,0 +1,242 @@
+"""What users import: prompts in, token ids and text out.
+
+`generate` and `stream` are made of the joints in `ffjax.stepping`, which are
+exported here too; `compare` sets two implementations against each other.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ffjax import prompts as prompts_lib
+from ffjax.cache import KVCache, check_fits, rounded_capacity
+from ffjax.compare import Comparison, Divergence, compare
+from ffjax.errors import RequestError
+from ffjax.implementation import resolve
+from ffjax.params import Model
+from ffjax.prompts import Prompts
+from ffjax.sampling import Sampling
+from ffjax.stepping import (
+  NO_TOKEN,
+  DecodeState,
+  decode_step,
+  decode_steps,
+  forward,
+  prefill,
+)
+
+__all__ = [
+  "NO_TOKEN",
+  "Comparison",
+  "DecodeState",
+  "Divergence",
+  "Generation",
+  "KVCache",
+  "Sampling",
+  "compare",
+  "decode_step",
+  "decode_steps",
+  "forward",
+  "generate",
+  "prefill",
+  "stream",
+]
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What `generate` returns; lists have one item per prompt.
+
+  Attributes:
+    token_ids: new tokens, with the eos token that ended them if one did.
+    texts: their text without special tokens; None without a tokenizer.
+    ended: whether an eos token ended the sequence.
+    prefill_s: seconds for the prompts and the first new token.
+    decode_s: seconds for all further tokens. In the first call with given
+      shapes both include compilation.
+    num_steps: decode steps that were run, the same for all sequences.
+  """
+
+  token_ids: list[list[int]]
+  texts: list[str] | None
+  ended: list[bool]
+  prefill_s: float
+  decode_s: float
+  num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+  """Checked arguments of one call."""
+
+  token_ids: np.ndarray
+  lengths: np.ndarray
+  capacity: int
+  implementation: str
+
+
+def _checked(
+  model: Model,
+  prompts: Prompts,
+  max_new_tokens: int,
+  implementation: str,
+  capacity: int | None,
+) -> _Request:
+  if isinstance(max_new_tokens, bool) or not isinstance(
+    max_new_tokens, int | np.integer
+  ):
+    raise RequestError(f"max_new_tokens={max_new_tokens!r} is not an integer")
+  if max_new_tokens < 1:
+    raise RequestError(f"max_new_tokens={max_new_tokens} must be at least 1")
+  resolved = resolve(implementation)
+  encoded = prompts_lib.encode(model, prompts)
+  prompts_lib.check_lengths(model.config, encoded, max_new_tokens, capacity)
+  token_ids, lengths = prompts_lib.pad(encoded)
+  if capacity is None:
+    capacity = rounded_capacity(int(lengths.max()) + max_new_tokens)
+  check_fits(model.config, len(encoded), capacity, resolved.dtype(model))
+  return _Request(token_ids, lengths, capacity, resolved.name)
+
+
+def generate(
+  model: Model,
+  prompts: Prompts,
+  max_new_tokens: int = 64,
+  *,
+  implementation: str = "auto",
+  sampling: Sampling = GREEDY,
+  stop_on_eos: bool = True,
+  capacity: int | None = None,
+) -> Generation:
+  """Continues prompts, several at a time, each by its own length.
+
+  One jitted call runs the prompts and one the whole loop over new tokens;
+  calls of similar lengths share both compilations.
+
+  Args:
+    model: the model.
+    prompts: a text or token ids, or a sequence of either.
+    max_new_tokens: how many tokens at most for each.
+    implementation: `"reference"`, `"fused"`, or `"auto"` for the fastest one
+      that runs here.
+    sampling: how tokens are chosen.
+    stop_on_eos: whether an eos token ends a sequence.
+    capacity: token slots of the cache; by default what is needed.
+
+  Returns:
+    The new tokens.
+
+  Raises:
+    RequestError: naming the argument that is out of range, or that the cache
+      does not fit on the device.
+  """
+  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
+  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
+  begin = time.perf_counter()
+  state = prefill(
+    model,
+    request.token_ids,
+    request.lengths,
+    sampling,
+    capacity=request.capacity,
+    **static,
+  )
+  first = np.asarray(state.token_ids)
+  prefilled = time.perf_counter()
+  state, rest = decode_steps(
+    model,
+    state,
+    max_new_tokens - 1,
+    sampling,
+    max_steps=rounded_capacity(max_new_tokens),
+    **static,
+  )
+  rest = np.asarray(rest)
+  decoded = time.perf_counter()
+
+  tokens = np.concatenate([first[:, None], rest], axis=1)
+  token_ids = [row[row != NO_TOKEN].tolist() for row in tokens]
+  eos = model.config.eos_token_ids if stop_on_eos else ()
+  tokenizer = model.tokenizer
+  return Generation(
+    token_ids=token_ids,
+    texts=None if tokenizer is None else list(map(tokenizer.decode, token_ids)),
+    ended=[ids[-1] in eos for ids in token_ids],
+    prefill_s=prefilled - begin,
+    decode_s=decoded - prefilled,
+    num_steps=max(map(len, token_ids)) - 1,
+  )
+
+
+@jax.jit
+def _emitted(state: DecodeState) -> tuple[jax.Array, jax.Array]:
+  """Copies what the host wants to see, for the next step donates the state."""
+  return jnp.copy(state.token_ids), jnp.copy(state.finished)
+
+
+def stream(
+  model: Model,
+  prompts: Prompts,
+  max_new_tokens: int = 64,
+  *,
+  implementation: str = "auto",
+  sampling: Sampling = GREEDY,
+  stop_on_eos: bool = True,
+  capacity: int | None = None,
+) -> Iterator[np.ndarray]:
+  """Continues prompts and yields every token as soon as it is there.
+
+  The tokens are those of `generate`. Arguments are checked at the call, before
+  the first token is asked for.
+
+  Args:
+    model: as for `generate`, and likewise below.
+    prompts: likewise.
+    max_new_tokens: likewise.
+    implementation: likewise.
+    sampling: likewise.
+    stop_on_eos: likewise.
+    capacity: likewise.
+
+  Yields:
+    New tokens `[B]` int32, -1 for sequences that have ended.
+
+  Raises:
+    RequestError: as `generate`.
+  """
+  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
+  return _stream(model, request, max_new_tokens, sampling, stop_on_eos)
+
+
+def _stream(
+  model: Model,
+  request: _Request,
+  max_new_tokens: int,
+  sampling: Sampling,
+  stop_on_eos: bool,
+) -> Iterator[np.ndarray]:
+  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
+  state = prefill(
+    model,
+    request.token_ids,
+    request.lengths,
+    sampling,
+    capacity=request.capacity,
+    **static,
+  )
+  was_finished = np.zeros(len(request.lengths), bool)
+  for remaining in range(max_new_tokens - 1, -1, -1):
+    token_ids, finished = _emitted(state)
+    if remaining:
+      # In flight while the host handles the token before.
+      state = decode_step(model, state, sampling, **static)
+    yield np.where(was_finished, NO_TOKEN, np.asarray(token_ids))
+    was_finished = np.asarray(finished)
+    if was_finished.all():
+      return

@@ -1,0 +1,108 @@
+"""What users pass as prompts, checked and padded into arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ffjax.config import LlamaConfig
+from ffjax.errors import RequestError
+from ffjax.params import Model
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def encode(model: Model, prompts: Prompts) -> list[list[int]]:
+  """Returns the token ids of one or several prompts.
+
+  Args:
+    model: with a tokenizer if there is text among the prompts.
+    prompts: a text or a sequence of token ids, or a sequence of either.
+
+  Raises:
+    RequestError: naming the prompt that is empty or has ids that the model
+      does not, or text without a tokenizer.
+  """
+  vocab_size = model.config.vocab_size
+  several: Sequence[Any] = prompts
+  if isinstance(prompts, str) or (
+    len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+  ):
+    several = [prompts]
+  encoded = []
+  for i, prompt in enumerate(several):
+    if isinstance(prompt, str):
+      if model.tokenizer is None:
+        raise RequestError(
+          f"prompt {i} is text, but the checkpoint has no tokenizer: pass"
+          " token ids"
+        )
+      ids = model.tokenizer.encode(prompt)
+    else:
+      ids = list(prompt)
+    if not ids:
+      raise RequestError(f"prompt {i} is empty")
+    for token_id in ids:
+      if isinstance(token_id, bool) or not isinstance(
+        token_id, int | np.integer
+      ):
+        raise RequestError(f"prompt {i} has {token_id!r}, not a token id")
+      if not 0 <= token_id < vocab_size:
+        raise RequestError(
+          f"prompt {i} has token id {token_id}, outside the vocabulary of"
+          f" {vocab_size}"
+        )
+    encoded.append([int(token_id) for token_id in ids])
+  if not encoded:
+    raise RequestError("there are no prompts")
+  return encoded
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """Pads prompts at the end.
+
+  The padded length is a power of two, or a multiple of 512 above, so that
+  prompts of similar length share one compilation.
+
+  Returns:
+    Token ids `[B, T]` int32 and lengths `[B]` int32.
+  """
+  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+  longest = int(lengths.max())
+  padded = -(-longest // 512) * 512
+  if longest <= 512:
+    padded = max(16, 1 << (longest - 1).bit_length())
+  token_ids = np.zeros((len(prompts), padded), np.int32)
+  for row, prompt in zip(token_ids, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  return token_ids, lengths
+
+
+def check_lengths(
+  config: LlamaConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  capacity: int | None = None,
+) -> None:
+  """Raises if a prompt and its continuation are too long.
+
+  Args:
+    config: the model.
+    prompts: token ids.
+    max_new_tokens: how many more may come.
+    capacity: token slots of the cache, if that is a limit of its own.
+
+  Raises:
+    RequestError: naming the prompt and the limit.
+  """
+  limits = {"max_position_embeddings": config.max_position_embeddings}
+  if capacity is not None:
+    limits["capacity"] = capacity
+  for i, prompt in enumerate(prompts):
+    for name, limit in limits.items():
+      if len(prompt) + max_new_tokens > limit:
+        raise RequestError(
+          f"prompt {i} has {len(prompt)} tokens; with"
+          f" max_new_tokens={max_new_tokens} that is more than"
+          f" {name}={limit}"
+        )

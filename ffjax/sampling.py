@@ -1,0 +1,142 @@
+"""Logits to token ids: greedy, or sampled by a seed.
+
+Up the flow: an implementation's logits; down the flow: the decode loop. The
+filters act in the order, and with the meaning, of Hugging Face transformers'
+`generate`: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ffjax.errors import RequestError
+
+_OFF = -jnp.inf
+
+
+@struct.dataclass
+class Sampling:
+  """How the next token is chosen; the default is greedy.
+
+  A pytree: which options are on is static, their values are traced, so that
+  another temperature or seed compiles nothing.
+
+  Attributes:
+    temperature: divides the logits; None or 0 takes the most likely token.
+    top_k: keep the k most likely tokens, and ties with the last of them.
+    top_p: keep the most likely tokens whose probabilities first reach p.
+    min_p: keep tokens at least this fraction as likely as the most likely.
+    repetition_penalty: divides positive and multiplies negative logits of
+      tokens that the prompt or the output already has (Keskar et al. 2019).
+    seed: the same seed, prompt and position in the batch give the same tokens.
+
+  Raises:
+    RequestError: naming the option that is out of range.
+  """
+
+  temperature: float | jax.Array | None = None
+  top_k: int | jax.Array | None = None
+  top_p: float | jax.Array | None = None
+  min_p: float | jax.Array | None = None
+  repetition_penalty: float | jax.Array | None = None
+  seed: int | jax.Array = 0
+
+  def __post_init__(self) -> None:
+    if _is_number(self.temperature) and self.temperature == 0:
+      object.__setattr__(self, "temperature", None)
+    for name, accepts, wanted in (
+      ("temperature", lambda x: 0 < x < float("inf"), "finite, at least 0"),
+      ("top_k", lambda x: x == int(x) and 1 <= x < 2**31, "an integer from 1"),
+      ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+      ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+      ("repetition_penalty", lambda x: 0 < x < float("inf"), "above 0"),
+      ("seed", lambda x: x == int(x) and 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+    ):
+      value = getattr(self, name)
+      if _is_number(value) and not accepts(value):
+        raise RequestError(f"{name}={value} must be {wanted}")
+
+  @property
+  def greedy(self) -> bool:
+    """Whether no random number is drawn."""
+    return self.temperature is None
+
+  @property
+  def remembers(self) -> bool:
+    """Whether the choice depends on the tokens so far."""
+    return self.repetition_penalty is not None
+
+  def keys(self, batch: int) -> jax.Array:
+    """Returns one random key per sequence, `[B]`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+      jax.random.key(self.seed), jnp.arange(batch, dtype=jnp.uint32)
+    )
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def choose(
+  logits: jax.Array,
+  sampling: Sampling,
+  keys: jax.Array,
+  positions: jax.Array,
+  seen: jax.Array | None,
+) -> jax.Array:
+  """Chooses the next token of each sequence.
+
+  Args:
+    logits: `[B, V]` float32.
+    sampling: what to choose by.
+    keys: `[B]`, from `Sampling.keys`.
+    positions: `[B]` int32, the position that the token will have; every
+      position draws its own random number, however it is reached.
+    seen: `[B, V]` bool, tokens so far; needed if `sampling.remembers`.
+
+  Returns:
+    Token ids `[B]` int32.
+  """
+  if sampling.repetition_penalty is not None:
+    assert seen is not None
+    penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+  if sampling.greedy:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / jnp.asarray(sampling.temperature, jnp.float32)
+  # In order of likelihood every filter is a threshold.
+  vocab = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+  falling, token_ids = jax.lax.sort(
+    (-logits, jnp.broadcast_to(vocab, logits.shape)), num_keys=1
+  )
+  ranked = filter_ranked(-falling, sampling)
+  draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+  rank = jax.vmap(jax.random.categorical)(draw_keys, ranked)
+  return jnp.take_along_axis(token_ids, rank[:, None], axis=-1)[:, 0]
+
+
+def filter_ranked(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  """Switches off the tokens that top-k, top-p and min-p exclude.
+
+  Args:
+    logits: `[B, V]` float32, falling along V.
+    sampling: the filters.
+
+  Returns:
+    `[B, V]`, with minus infinity for excluded tokens; the first stays.
+  """
+  if sampling.top_k is not None:
+    last = jnp.minimum(sampling.top_k, logits.shape[-1]) - 1
+    threshold = jax.lax.dynamic_slice_in_dim(logits, last, 1, axis=-1)
+    logits = jnp.where(logits >= threshold, logits, _OFF)
+  if sampling.top_p is not None:
+    probs = jax.nn.softmax(logits, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    first = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :] == 0
+    kept = (before < sampling.top_p) | first
+    logits = jnp.where(kept, logits, _OFF)
+  if sampling.min_p is not None:
+    probs = jax.nn.softmax(logits, axis=-1)
+    logits = jnp.where(probs >= sampling.min_p * probs[:, :1], logits, _OFF)
+  return logits

@@ -1,0 +1,291 @@
+"""The joints of decoding, each a pure function from arrays to arrays.
+
+`forward` extends a cache and returns logits; `prefill` starts sequences;
+`decode_step` maps state to state; `decode_steps` is the whole loop as one
+call. All but `forward` are jitted and donate the cache they are given; inside
+another `jax.jit` they are inlined.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ffjax.cache import KVCache
+from ffjax.implementation import (
+  reference_hidden,
+  reference_logits,
+  resolve,
+)
+from ffjax.params import Model
+from ffjax.sampling import Sampling, choose
+
+# Attention scores of a chunk of a prompt may take about this much memory.
+_SCORES_BYTES = 256 * 2**20
+_MAX_CHUNK = 512
+
+# Emitted for a sequence that has ended.
+NO_TOKEN = -1
+
+
+@struct.dataclass
+class DecodeState:
+  """Everything that changes from token to token.
+
+  Attributes:
+    cache: keys and values of all tokens but the newest.
+    token_ids: `[B]` int32, the newest token of each sequence, not yet in the
+      cache.
+    finished: `[B]` bool; a finished sequence no longer changes.
+    keys: `[B]` random keys.
+    seen: `[B, V]` bool, tokens so far, or None if the sampling does not
+      depend on them.
+  """
+
+  cache: KVCache
+  token_ids: jax.Array
+  finished: jax.Array
+  keys: jax.Array
+  seen: jax.Array | None
+
+
+def chunk_length(
+  batch: int, num_heads: int, capacity: int, num_tokens: int
+) -> int:
+  """Returns how many prompt tokens to run at a time, a power of two.
+
+  As many as keep the attention scores `[B, N, chunk, S]` float32 within a
+  fixed budget, so that memory grows with S and not with its square.
+  """
+  most = _SCORES_BYTES // (4 * batch * num_heads * capacity)
+  chunk = min(_MAX_CHUNK, max(1, most), 1 << (num_tokens - 1).bit_length())
+  return 1 << (chunk.bit_length() - 1)
+
+
+def forward(
+  model: Model, token_ids: jax.Array, lengths: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+  """Runs new tokens of each sequence by the reference, chunk by chunk.
+
+  Args:
+    model: the model.
+    token_ids: `[B, T]` int32 in `[0, V)`, padded at the end.
+    lengths: `[B]` int32 in `[0, T]`, tokens that are not padding.
+    cache: with room for them; its dtype is that of the activations.
+
+  Returns:
+    Float32 logits `[B, V]` after each sequence's last new token (meaningless
+    where there is none) and the extended cache.
+  """
+  b, t = token_ids.shape
+  chunk = chunk_length(b, model.config.num_attention_heads, cache.capacity, t)
+  num_chunks = -(-t // chunk)
+  token_ids = jnp.pad(token_ids, ((0, 0), (0, num_chunks * chunk - t)))
+  chunks = token_ids.reshape(b, num_chunks, chunk).swapaxes(0, 1)
+  starts = jnp.arange(num_chunks, dtype=jnp.int32) * chunk
+
+  def run_chunk(
+    carry: tuple[KVCache, jax.Array], xs: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[KVCache, jax.Array], None]:
+    cache, last = carry
+    ids, start = xs
+    num_tokens = jnp.clip(lengths - start, 0, chunk)
+    hidden, cache = reference_hidden(model, ids, num_tokens, cache)
+    index = lengths - 1 - start
+    inside = (index >= 0) & (index < chunk)
+    here = jnp.take_along_axis(
+      hidden, jnp.clip(index, 0, chunk - 1)[:, None, None], axis=1
+    )[:, 0]
+    return (cache, jnp.where(inside[:, None], here, last)), None
+
+  last = jnp.zeros((b, model.config.hidden_size), cache.k.dtype)
+  (cache, last), _ = jax.lax.scan(run_chunk, (cache, last), (chunks, starts))
+  return reference_logits(model, last), cache
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("capacity", "implementation", "stop_on_eos"),
+  donate_argnames=("cache",),
+)
+def prefill(
+  model: Model,
+  token_ids: jax.Array,
+  lengths: jax.Array,
+  sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+  *,
+  capacity: int | None = None,
+  cache: KVCache | None = None,
+  implementation: str = "reference",
+  stop_on_eos: bool = True,
+) -> DecodeState:
+  """Runs the prompts and chooses the first new token of each.
+
+  Jitted; donates `cache`.
+
+  Args:
+    model: the model.
+    token_ids: `[B, T]` int32 in `[0, V)`, padded at the end.
+    lengths: `[B]` int32 in `[1, T]`, prompt lengths.
+    sampling: how to choose.
+    capacity: S of a new cache, room for prompts and everything after.
+    cache: a cache to continue instead, for example `state.cache`, which lacks
+      only the newest token.
+    implementation: what will run the steps; decides the new cache's dtype.
+    stop_on_eos: whether an eos token ends a sequence.
+
+  Returns:
+    The state after the prompts.
+  """
+  config = model.config
+  b = token_ids.shape[0]
+  if (cache is None) == (capacity is None):
+    raise TypeError("prefill needs one of capacity and cache")
+  if capacity is not None:
+    dtype = resolve(implementation).dtype(model)
+    cache = KVCache.create(config, b, capacity, dtype)
+  assert cache is not None
+  logits, cache = forward(model, token_ids, lengths, cache)
+  seen = None
+  if sampling.remembers:
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    step = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None, :]
+    ids = jnp.where(step < lengths[:, None], token_ids, config.vocab_size)
+    seen = jnp.zeros((b, config.vocab_size), bool)
+    seen = seen.at[rows, ids].set(True, mode="drop")
+  state = DecodeState(
+    cache=cache,
+    token_ids=jnp.zeros((b,), jnp.int32),
+    finished=jnp.zeros((b,), bool),
+    keys=sampling.keys(b),
+    seen=seen,
+  )
+  return _with_next_token(model, state, logits, sampling, stop_on_eos)
+
+
+def _with_next_token(
+  model: Model,
+  state: DecodeState,
+  logits: jax.Array,
+  sampling: Sampling,
+  stop_on_eos: bool,
+) -> DecodeState:
+  """Chooses the next token of the sequences that have not finished."""
+  lengths, seen = state.cache.lengths, state.seen
+  token_ids = choose(logits, sampling, state.keys, lengths, seen)
+  token_ids = jnp.where(state.finished, state.token_ids, token_ids)
+  if seen is not None:
+    rows = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    seen = seen.at[rows, token_ids].set(True)
+  # A full cache ends a sequence too: the newest token would have no slot.
+  finished = state.finished | (lengths >= state.cache.capacity)
+  if stop_on_eos:
+    for eos in model.config.eos_token_ids:
+      finished |= token_ids == eos
+  return dataclasses.replace(
+    state, token_ids=token_ids, finished=finished, seen=seen
+  )
+
+
+def _step(
+  model: Model,
+  state: DecodeState,
+  sampling: Sampling,
+  implementation: str,
+  stop_on_eos: bool,
+) -> DecodeState:
+  logits, cache = resolve(implementation).step(
+    model, state.token_ids, ~state.finished, state.cache
+  )
+  state = dataclasses.replace(state, cache=cache)
+  return _with_next_token(model, state, logits, sampling, stop_on_eos)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("implementation", "stop_on_eos"),
+  donate_argnames=("state",),
+)
+def decode_step(
+  model: Model,
+  state: DecodeState,
+  sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+  *,
+  implementation: str = "reference",
+  stop_on_eos: bool = True,
+) -> DecodeState:
+  """Runs the newest tokens and chooses the next ones.
+
+  Jitted; donates `state`.
+
+  Args:
+    model: the model.
+    state: from `prefill` or an earlier step.
+    sampling: how to choose; with the same options on as for `prefill`.
+    implementation: what runs the step.
+    stop_on_eos: whether an eos token ends a sequence.
+
+  Returns:
+    The next state. Finished sequences are as they were.
+  """
+  return _step(model, state, sampling, implementation, stop_on_eos)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("max_steps", "implementation", "stop_on_eos"),
+  donate_argnames=("state",),
+)
+def decode_steps(
+  model: Model,
+  state: DecodeState,
+  num_steps: int | jax.Array,
+  sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+  *,
+  max_steps: int,
+  implementation: str = "reference",
+  stop_on_eos: bool = True,
+) -> tuple[DecodeState, jax.Array]:
+  """Runs steps until all sequences have finished, as one device loop.
+
+  Jitted; donates `state`.
+
+  Args:
+    model: the model.
+    state: from `prefill` or an earlier step.
+    num_steps: how many steps at most, traced; at most `max_steps`.
+    sampling: how to choose; with the same options on as for `prefill`.
+    max_steps: length of the output, static.
+    implementation: what runs the steps.
+    stop_on_eos: whether an eos token ends a sequence.
+
+  Returns:
+    The last state, and the new tokens `[B, max_steps]` int32, -1 where there
+    is none.
+  """
+  new_tokens = jnp.full(
+    (state.token_ids.shape[0], max_steps), NO_TOKEN, jnp.int32
+  )
+
+  def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
+    i, state, _ = carry
+    return (i < num_steps) & (i < max_steps) & ~jnp.all(state.finished)
+
+  def step(
+    carry: tuple[jax.Array, DecodeState, jax.Array],
+  ) -> tuple[jax.Array, DecodeState, jax.Array]:
+    i, state, new_tokens = carry
+    was_finished = state.finished
+    state = _step(model, state, sampling, implementation, stop_on_eos)
+    emitted = jnp.where(was_finished, NO_TOKEN, state.token_ids)
+    new_tokens = jax.lax.dynamic_update_slice_in_dim(
+      new_tokens, emitted[:, None], i, axis=1
+    )
+    return i + 1, state, new_tokens
+
+  _, state, new_tokens = jax.lax.while_loop(
+    unfinished, step, (jnp.int32(0), state, new_tokens)
+  )
+  return state, new_tokens
