@@ -8,6 +8,7 @@ the model (if it is the device) and a block.
 
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -92,13 +93,14 @@ def _open(
   path: pathlib.Path,
 ) -> tuple[LlamaConfig, list[TensorEntry], text.Tokenizer | None]:
   """Reads everything but the weights."""
-  if path.is_dir():
+  # Not pathlib's tests, which raise for names that cannot exist.
+  if os.path.isdir(path):
     raw = read_json_object(path / "config.json")
     config = LlamaConfig.from_dict(raw, str(path / "config.json"))
     config = _with_generation_eos(config, path / "generation_config.json")
     entries = safetensors_file.open_directory(path)
     return config, entries, text.load_tokenizer(path)
-  if not path.exists():
+  if not os.path.exists(path):
     raise CheckpointError(
       f"{path}: no such file or directory (ffjax reads local checkpoints)"
     )
@@ -139,6 +141,13 @@ def _match(
   path: pathlib.Path, config: LlamaConfig, entries: list[TensorEntry]
 ) -> list[tuple[Leaf, list[TensorEntry]]]:
   """Pairs every leaf with its tensors, one per layer; nothing may be left."""
+  held = sum(math.prod(entry.shape) for entry in entries)
+  if config.num_params > 2 * held:
+    # Far apart, a list of what is missing helps less, and could be endless.
+    raise CheckpointError(
+      f"{path}: the config makes a model of {config.num_params:,} parameters,"
+      f" but the tensors hold {held:,}"
+    )
   by_name = {entry.name: entry for entry in entries}
   plan = []
   for leaf in params.leaves(config):
@@ -189,7 +198,9 @@ def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
 def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
   if dtype is not None:
     return dtype
-  return functools.reduce(jnp.promote_types, (part.dtype for part in parts))
+  found = {part.dtype for part in parts}
+  # Any two of the three float dtypes fit together in float32 only.
+  return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
 def _leaf_bytes(
@@ -243,7 +254,8 @@ def _converted(
   part: TensorEntry, start: int, stop: int, dtype: np.dtype
 ) -> np.ndarray:
   """Reads rows in `dtype`; refuses values that are not finite in it."""
-  with np.errstate(over="ignore"):  # An overflow is reported just below.
+  # What overflows or is a NaN is reported just below.
+  with np.errstate(over="ignore", invalid="ignore"):
     block = part.read(start, stop).astype(dtype, copy=False)
   mask = _EXPONENT_MASKS[dtype.name]
   bits = block.view(f"u{dtype.itemsize}")
@@ -289,7 +301,7 @@ def save(
       model.tokenizer.save(directory)
     # Last, so that a directory with a config is a whole checkpoint.
     _write_json(directory / "config.json", _saved_config(model))
-  except OSError as e:
+  except (OSError, safetensors.SafetensorError) as e:
     raise CheckpointError(f"{directory}: cannot be written: {e}") from e
 
 

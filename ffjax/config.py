@@ -67,6 +67,9 @@ class RopeScaling:
     original_max_position_embeddings: llama3 only; positions trained on first.
 
   Source: `modeling_rope_utils.py` in Hugging Face transformers.
+
+  Raises:
+    ConfigError: if `rope_type` is another one.
   """
 
   rope_type: str
@@ -74,6 +77,13 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
+
+  def __post_init__(self) -> None:
+    if self.rope_type not in ("linear", "llama3"):
+      raise ConfigError(
+        f"rope_type={self.rope_type!r} is not supported (supported: linear,"
+        " llama3; None in place of a RopeScaling is plain rope)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,11 +390,11 @@ class _Reader:
     theta = theta if theta is not None else inner_theta
     theta = 10000.0 if theta is None else self._float("rope_theta", theta)
 
-    names = {left.pop(k) for k in ("rope_type", "type") if left.get(k)}
-    if len(names) > 1:
+    names = [left.pop(k) for k in ("rope_type", "type") if left.get(k)]
+    if len(names) > 1 and names[0] != names[1]:
       raise self._error(f"{key}.rope_type and {key}.type disagree")
-    rope_type = names.pop() if names else "default"
-    if rope_type not in _ROPE_KEYS:
+    rope_type = names[0] if names else "default"
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
       raise self._error(
         f"{key}.rope_type={rope_type!r} is not supported (supported:"
         f" {', '.join(_ROPE_KEYS)})"
@@ -422,7 +432,8 @@ class _Reader:
 
   def _reject_unknown(self, left: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in left.items():
-      if value in (None, False, "", [], {}):
+      # Not `in (None, False, ...)`: 0 equals False, but is a value like others.
+      if value is None or value is False or value in ("", [], {}):
         continue
       raise self._error(
         f"{prefix}{key}={value!r} is not a key that ffjax knows; it may change"
@@ -446,8 +457,9 @@ class _Reader:
     theta, scaling = self._rope()
     hidden_size = self._int("hidden_size")
     num_attention_heads = self._int("num_attention_heads")
-    head_dim = self._int("head_dim", default=-1)
-    if head_dim == -1:
+    if self._raw.get("head_dim") is not None:
+      head_dim = self._int("head_dim")
+    else:
       if num_attention_heads <= 0 or hidden_size % num_attention_heads:
         raise self._error(
           f"hidden_size={hidden_size} is not a multiple of"

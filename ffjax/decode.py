@@ -44,6 +44,7 @@ __all__ = [
   "generate",
   "prefill",
   "stream",
+  "warm_up",
 ]
 
 GREEDY = Sampling()
@@ -172,6 +173,46 @@ def generate(
     decode_s=decoded - prefilled,
     num_steps=max(map(len, token_ids)) - 1,
   )
+
+
+def warm_up(
+  model: Model,
+  prompts: Prompts,
+  max_new_tokens: int = 64,
+  *,
+  implementation: str = "auto",
+  sampling: Sampling = GREEDY,
+  stop_on_eos: bool = True,
+  capacity: int | None = None,
+) -> None:
+  """Compiles what `stream` with the same arguments runs, and runs nothing.
+
+  Args:
+    model: as for `generate`, and likewise below.
+    prompts: likewise.
+    max_new_tokens: likewise.
+    implementation: likewise.
+    sampling: likewise.
+    stop_on_eos: likewise.
+    capacity: likewise.
+
+  Raises:
+    RequestError: as `generate`.
+  """
+  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
+  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
+  lowered = prefill.lower(
+    model,
+    request.token_ids,
+    request.lengths,
+    sampling,
+    capacity=request.capacity,
+    **static,
+  )
+  lowered.compile()
+  state = lowered.out_info
+  _emitted.lower(state).compile()
+  decode_step.lower(model, state, sampling, **static).compile()
 
 
 @jax.jit

@@ -16,7 +16,8 @@ def require(num_bytes: int, what: str) -> None:
   Raises:
     RequestError: with both sizes.
   """
-  (device,) = jnp.zeros(()).devices()
+  with jax.ensure_compile_time_eval():  # Under a trace too.
+    (device,) = jnp.zeros(()).devices()
   free = free_bytes(device)
   if free is not None and num_bytes > free:
     raise RequestError(

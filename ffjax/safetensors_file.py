@@ -11,6 +11,7 @@ Source: the safetensors format description in its repository's README.
 import json
 import math
 import mmap
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -167,7 +168,8 @@ def _open_index(index: pathlib.Path) -> list[TensorEntry]:
         " index's own directory"
       )
     names_by_shard.setdefault(shard, set()).add(name)
-  missing = [s for s in names_by_shard if not (index.parent / s).is_file()]
+  # Not `Path.is_file`, which raises for names that cannot exist.
+  missing = [s for s in names_by_shard if not os.path.isfile(index.parent / s)]
   if missing:
     raise CheckpointError(
       f"{index}: missing shards: {', '.join(sorted(missing))}"
