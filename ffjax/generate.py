@@ -73,11 +73,13 @@ class _ProgressBar:
     self._file.flush()
 
 
-def _prompt_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
+def _prompt_text() -> str:
   prompt = _PROMPT.value
   assert prompt is not None  # A required flag.
-  if prompt == "-":
-    prompt = sys.stdin.read()
+  return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
   if not _CHAT.value:
     if _SYSTEM.value is not None:
       raise RequestError("--system needs --chat")
@@ -144,7 +146,8 @@ def _run() -> None:
   loaded = time.perf_counter()
   if model.tokenizer is None:
     raise RequestError(f"{path}: there is no tokenizer for text")
-  prompt = _prompt_ids(model, model.tokenizer)
+  shown = _prompt_text()
+  prompt = _prompt_ids(shown, model.tokenizer)
   options: dict[str, Any] = dict(
     implementation=_IMPLEMENTATION.value,
     sampling=sampling,
@@ -155,7 +158,7 @@ def _run() -> None:
   compiled = time.perf_counter()
 
   if not _CHAT.value:
-    print(_PROMPT.value if _PROMPT.value != "-" else "", end="", flush=True)
+    print(shown, end="", flush=True)
   text = StreamDecoder(model.tokenizer)
   times_s = [time.perf_counter()]
   for token_ids in decode.stream(*arguments, **options):

@@ -62,10 +62,15 @@ def bits_per_byte(
     window: tokens per window; None is `max_position_embeddings`.
 
   Raises:
-    RequestError: if the model has no tokenizer.
+    RequestError: if the model has no tokenizer, there is no text, or a window
+      has no tokens.
   """
   if model.tokenizer is None:
     raise RequestError("the model has no tokenizer")
+  if not any(texts):
+    raise RequestError("there is no text to score")
+  if window is not None and window < 1:
+    raise RequestError(f"window={window} must be at least 1")
   length = (window or model.config.max_position_embeddings) + 1
   rows, lengths = [], []
   for text in texts:

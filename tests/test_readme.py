@@ -1,0 +1,45 @@
+"""The README: its example runs, its figures are those of their files."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example_runs(monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  (example,) = re.findall(r"^```python\n(.*?)^```$", _README, re.M | re.S)
+  names: dict = {}
+  exec(example, names)
+  assert len(names["out"].texts) == 2
+  assert all(names["out"].texts)
+
+
+def test_figures_are_those_of_their_files():
+  rows = re.findall(r"^\|(.*)\| `(bench/results/.*\.json)` \|$", _README, re.M)
+  assert len(rows) >= 2
+  for row, path in rows:
+    cells = [cell.strip() for cell in row.split("|")]
+    device, model, step_ms, gbps, share = cells
+    result = json.loads((_ROOT / path).read_text())
+    assert result["device"].endswith(device)
+    assert result["flags"]["preset"] == model.lower()
+    assert float(step_ms) == pytest.approx(result["step_ms"], abs=6e-4)
+    assert float(gbps) == pytest.approx(result["achieved_gbps"], abs=0.6)
+    assert share == f"{result['share_of_ceiling']:.0%}"
+    assert result["check"]["mean_kl"] < 1e-2
+
+
+def test_named_files_exist():
+  # The table of modules names files relative to the first one's folder.
+  for path in re.findall(r"`([a-z_]+/[a-z_./0-9-]*)`", _README):
+    if "smollm2" not in path:
+      assert (_ROOT / path).exists(), path
+
+
+def test_is_short():
+  assert len(_README.splitlines()) <= 150
