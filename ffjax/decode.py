@@ -7,6 +7,7 @@ exported here too; `compare` sets two implementations against each other.
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +75,17 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-  """Checked arguments of one call."""
+  """Checked arguments of one call.
 
-  token_ids: np.ndarray
-  lengths: np.ndarray
+  Attributes:
+    prompts: token ids `[B, T]` and lengths `[B]`, as `prefill` takes them.
+    capacity: token slots of the cache.
+    static: what every jitted call takes as static arguments.
+  """
+
+  prompts: tuple[np.ndarray, np.ndarray]
   capacity: int
-  implementation: str
+  static: dict[str, Any]
 
 
 def _checked(
@@ -87,6 +93,7 @@ def _checked(
   prompts: Prompts,
   max_new_tokens: int,
   implementation: str,
+  stop_on_eos: bool,
   capacity: int | None,
 ) -> _Request:
   if isinstance(max_new_tokens, bool) or not isinstance(
@@ -98,11 +105,15 @@ def _checked(
   resolved = resolve(implementation)
   encoded = prompts_lib.encode(model, prompts)
   prompts_lib.check_lengths(model.config, encoded, max_new_tokens, capacity)
-  token_ids, lengths = prompts_lib.pad(encoded)
   if capacity is None:
-    capacity = rounded_capacity(int(lengths.max()) + max_new_tokens)
+    capacity = max(map(len, encoded)) + int(max_new_tokens)
+  capacity = rounded_capacity(capacity)
   check_fits(model.config, len(encoded), capacity, resolved.dtype(model))
-  return _Request(token_ids, lengths, capacity, resolved.name)
+  return _Request(
+    prompts=prompts_lib.pad(encoded),
+    capacity=capacity,
+    static=dict(implementation=resolved.name, stop_on_eos=stop_on_eos),
+  )
 
 
 def generate(
@@ -128,7 +139,8 @@ def generate(
       that runs here.
     sampling: how tokens are chosen.
     stop_on_eos: whether an eos token ends a sequence.
-    capacity: token slots of the cache; by default what is needed.
+    capacity: the longest that prompt and output may be together, in tokens;
+      by default what they are.
 
   Returns:
     The new tokens.
@@ -137,16 +149,16 @@ def generate(
     RequestError: naming the argument that is out of range, or that the cache
       does not fit on the device.
   """
-  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
-  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
+  request = _checked(
+    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+  )
   begin = time.perf_counter()
   state = prefill(
     model,
-    request.token_ids,
-    request.lengths,
+    *request.prompts,
     sampling,
     capacity=request.capacity,
-    **static,
+    **request.static,
   )
   first = np.asarray(state.token_ids)
   prefilled = time.perf_counter()
@@ -156,7 +168,7 @@ def generate(
     max_new_tokens - 1,
     sampling,
     max_steps=rounded_capacity(max_new_tokens),
-    **static,
+    **request.static,
   )
   rest = np.asarray(rest)
   decoded = time.perf_counter()
@@ -199,20 +211,20 @@ def warm_up(
   Raises:
     RequestError: as `generate`.
   """
-  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
-  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
+  request = _checked(
+    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+  )
   lowered = prefill.lower(
     model,
-    request.token_ids,
-    request.lengths,
+    *request.prompts,
     sampling,
     capacity=request.capacity,
-    **static,
+    **request.static,
   )
   lowered.compile()
   state = lowered.out_info
   _emitted.lower(state).compile()
-  decode_step.lower(model, state, sampling, **static).compile()
+  decode_step.lower(model, state, sampling, **request.static).compile()
 
 
 @jax.jit
@@ -251,8 +263,10 @@ def stream(
   Raises:
     RequestError: as `generate`.
   """
-  request = _checked(model, prompts, max_new_tokens, implementation, capacity)
-  return _stream(model, request, max_new_tokens, sampling, stop_on_eos)
+  request = _checked(
+    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+  )
+  return _stream(model, request, max_new_tokens, sampling)
 
 
 def _stream(
@@ -260,23 +274,20 @@ def _stream(
   request: _Request,
   max_new_tokens: int,
   sampling: Sampling,
-  stop_on_eos: bool,
 ) -> Iterator[np.ndarray]:
-  static = dict(implementation=request.implementation, stop_on_eos=stop_on_eos)
   state = prefill(
     model,
-    request.token_ids,
-    request.lengths,
+    *request.prompts,
     sampling,
     capacity=request.capacity,
-    **static,
+    **request.static,
   )
-  was_finished = np.zeros(len(request.lengths), bool)
+  was_finished = np.zeros(len(request.prompts[1]), bool)
   for remaining in range(max_new_tokens - 1, -1, -1):
     token_ids, finished = _emitted(state)
     if remaining:
       # In flight while the host handles the token before.
-      state = decode_step(model, state, sampling, **static)
+      state = decode_step(model, state, sampling, **request.static)
     yield np.where(was_finished, NO_TOKEN, np.asarray(token_ids))
     was_finished = np.asarray(finished)
     if was_finished.all():
