@@ -55,7 +55,10 @@ def test_streams_text_and_ends_with_timings():
     r" [\d.]+ ms/token, [\d.]+ tokens/s, [\d.]+ GB/s over 39 steps \| .+",
     timings,
   )
-  assert len(done.stderr.splitlines()) == 2
+  # Nothing else is there, such as what JAX logs about devices it looks for.
+  assert all(
+    line.startswith("loading [") for line in done.stderr.splitlines()[1:-1]
+  )
 
 
 @pytest.mark.parametrize(
