@@ -133,9 +133,7 @@ def filter_ranked(logits: jax.Array, sampling: Sampling) -> jax.Array:
   if sampling.top_p is not None:
     probs = jax.nn.softmax(logits, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    first = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :] == 0
-    kept = (before < sampling.top_p) | first
-    logits = jnp.where(kept, logits, _OFF)
+    logits = jnp.where(before < sampling.top_p, logits, _OFF)
   if sampling.min_p is not None:
     probs = jax.nn.softmax(logits, axis=-1)
     logits = jnp.where(probs >= sampling.min_p * probs[:, :1], logits, _OFF)

@@ -132,6 +132,31 @@ def test_batch_equals_single_prompts(model, batch):
   assert together == alone
 
 
+def test_finished_sequences_stay_as_they_are(ending_model):
+  sampling = decode.Sampling(repetition_penalty=1.3)
+  lengths = np.asarray([len(prompt) for prompt in PROMPTS], np.int32)
+  token_ids = np.zeros((4, 20), np.int32)
+  for row, prompt in zip(token_ids, PROMPTS, strict=True):
+    row[: len(prompt)] = prompt
+  state = decode.prefill(
+    ending_model, token_ids, lengths, sampling, capacity=64
+  )
+  ended_early = False
+  for _ in range(40):
+    before = jax.tree.map(np.asarray, state.replace(keys=None))
+    state = decode.decode_step(ending_model, state, sampling)
+    ended = np.flatnonzero(before.finished)
+    ended_early |= 0 < len(ended) < len(lengths)
+    for name in ("token_ids", "finished", "seen"):
+      then, now = getattr(before, name), np.asarray(getattr(state, name))
+      np.testing.assert_array_equal(then[ended], now[ended], err_msg=name)
+    for name in ("k", "v", "lengths"):
+      then, now = getattr(before.cache, name), getattr(state.cache, name)
+      at = (slice(None), ended) if then.ndim > 1 else (ended,)
+      np.testing.assert_array_equal(then[at], np.asarray(now)[at])
+  assert ended_early
+
+
 def test_user_jit_of_the_pieces(model):
   token_ids = jnp.asarray([[5, 9, 11, 0]], jnp.int32)
   lengths = jnp.asarray([3], jnp.int32)
