@@ -24,12 +24,13 @@ from ffjax import (
   device_memory,
   gguf_file,
   gguf_tokenizer,
+  json_file,
   params,
   safetensors_file,
   text,
 )
-from ffjax.config import LlamaConfig, read_json_object
-from ffjax.errors import CheckpointError, TokenizerError
+from ffjax.config import LlamaConfig
+from ffjax.errors import CheckpointError, ConfigError, TokenizerError
 from ffjax.params import Leaf, Model
 from ffjax.tensor_entry import TensorEntry
 
@@ -95,7 +96,7 @@ def _open(
   """Reads everything but the weights."""
   # Not pathlib's tests, which raise for names that cannot exist.
   if os.path.isdir(path):
-    raw = read_json_object(path / "config.json")
+    raw = json_file.read_object(path / "config.json", ConfigError)
     config = LlamaConfig.from_dict(raw, str(path / "config.json"))
     config = _with_generation_eos(config, path / "generation_config.json")
     entries = safetensors_file.open_directory(path)
@@ -131,7 +132,7 @@ def _with_generation_eos(
   if not path.exists():
     return config
   raw = config.to_dict()
-  more = read_json_object(path).get("eos_token_id")
+  more = json_file.read_object(path, ConfigError).get("eos_token_id")
   more = more if isinstance(more, list) else [] if more is None else [more]
   raw["eos_token_id"] = [*config.eos_token_ids, *more]
   return LlamaConfig.from_dict(raw, str(path))

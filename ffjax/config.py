@@ -7,7 +7,6 @@ implement is an error, never ignored.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ffjax import json_file
 from ffjax.errors import ConfigError
 
 # Keys of config.json that do not change a forward pass. Everything else must
@@ -194,7 +194,8 @@ class LlamaConfig:
     Raises:
       ConfigError: if the file cannot be read, is not JSON, or as `from_dict`.
     """
-    return cls.from_dict(read_json_object(pathlib.Path(path)), str(path))
+    raw = json_file.read_object(pathlib.Path(path), ConfigError)
+    return cls.from_dict(raw, str(path))
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the Hugging Face `config.json` object; `from_dict` inverts it."""
@@ -269,25 +270,6 @@ class LlamaConfig:
       * self.head_dim
       * itemsize_bytes
     )
-
-
-def read_json_object(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON file whose top level is an object.
-
-  Raises:
-    ConfigError: naming the file, if it cannot be read or is something else.
-  """
-  try:
-    raw = json.loads(path.read_bytes())
-  except FileNotFoundError:
-    raise ConfigError(f"{path}: no such file") from None
-  except OSError as e:
-    raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
-  except (ValueError, RecursionError) as e:
-    raise ConfigError(f"{path}: not valid JSON: {e}") from e
-  if not isinstance(raw, dict):
-    raise ConfigError(f"{path}: expected a JSON object, found another value")
-  return raw
 
 
 class _Reader:

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ffjax.config import read_json_object
-from ffjax.errors import CheckpointError, ConfigError
+from ffjax import json_file
+from ffjax.errors import CheckpointError
 from ffjax.tensor_entry import TensorEntry
 
 SINGLE_NAME = "model.safetensors"
@@ -151,10 +151,7 @@ def _reader(
 
 
 def _open_index(index: pathlib.Path) -> list[TensorEntry]:
-  try:
-    weight_map = read_json_object(index).get("weight_map")
-  except ConfigError as e:
-    raise CheckpointError(str(e)) from e
+  weight_map = json_file.read_object(index, CheckpointError).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise CheckpointError(f"{index}: weight_map must be a non-empty object")
   names_by_shard: dict[str, set[str]] = {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ffjax import chat_template as chat
+from ffjax import json_file
 from ffjax import tokenizer_files as files
 from ffjax.errors import TokenizerError
 from ffjax.json_tokenizer import JsonTokenizer, read_json_tokenizer
@@ -230,7 +231,11 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer | None:
   directory = pathlib.Path(directory)
   config_path = directory / files.CONFIG
   path = directory / files.TOKENIZER
-  config = files.read_json(config_path) if config_path.exists() else {}
+  config = (
+    json_file.read_object(config_path, TokenizerError)
+    if config_path.exists()
+    else {}
+  )
   if config.get("tokenizer_class") == "ByT5Tokenizer":
     return ByteTokenizer(chat_template=files.chat_template(directory, config))
   if not path.exists():

@@ -55,17 +55,6 @@ def read_text(path: pathlib.Path) -> str:
     raise TokenizerError(f"{path}: cannot be read: {error}") from error
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object that a JSON file holds."""
-  try:
-    found = json.loads(read_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise TokenizerError(f"{path}: is not JSON: {error}") from error
-  if not isinstance(found, dict):
-    raise TokenizerError(f"{path}: is not a JSON object")
-  return found
-
-
 def write(directory: pathlib.Path, files: dict[str, dict[str, Any]]) -> None:
   """Writes JSON files, given by name, into a directory."""
   try:

@@ -395,9 +395,12 @@ def test_no_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   ("files", "problem"),
   [
-    ({"tokenizer_config__json": "{"}, "tokenizer_config.json: is not JSON"),
+    ({"tokenizer_config__json": "{"}, "tokenizer_config.json: not valid JSON"),
     ({"tokenizer_config__json": "[" * 10**5}, "tokenizer_config.json"),
-    ({"tokenizer_config__json": "[]"}, "tokenizer_config.json: is not a JSON"),
+    (
+      {"tokenizer_config__json": "[]"},
+      "tokenizer_config.json: expected a JSON object",
+    ),
     ({"tokenizer_config__json": '{"bos_token": 1}'}, "json: bos_token is no"),
     (
       {"tokenizer_config__json": '{"bos_token": "!!"}'},
