@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ffjax.config import LlamaConfig
@@ -24,13 +25,8 @@ def encode(model: Model, prompts: Prompts) -> list[list[int]]:
       does not, or text without a tokenizer.
   """
   vocab_size = model.config.vocab_size
-  several: Sequence[Any] = prompts
-  if isinstance(prompts, str) or (
-    len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-  ):
-    several = [prompts]
   encoded = []
-  for i, prompt in enumerate(several):
+  for i, prompt in enumerate(_several(prompts)):
     if isinstance(prompt, str):
       if model.tokenizer is None:
         raise RequestError(
@@ -39,7 +35,7 @@ def encode(model: Model, prompts: Prompts) -> list[list[int]]:
         )
       ids = model.tokenizer.encode(prompt)
     else:
-      ids = list(prompt)
+      ids = _listed(prompt, f"prompt {i}")
     if not ids:
       raise RequestError(f"prompt {i} is empty")
     for token_id in ids:
@@ -56,6 +52,26 @@ def encode(model: Model, prompts: Prompts) -> list[list[int]]:
   if not encoded:
     raise RequestError("there are no prompts")
   return encoded
+
+
+def _several(prompts: Any) -> list[Any]:
+  """Returns a list of prompts, even if there is one."""
+  if isinstance(prompts, str):
+    return [prompts]
+  listed = _listed(prompts, "prompts")
+  one = bool(listed) and isinstance(listed[0], int | np.integer)
+  return [listed] if one else listed
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+  """Returns a sequence or array as a list."""
+  if isinstance(values, np.ndarray | jax.Array):
+    return list(np.asarray(values)) if values.ndim else []
+  if not isinstance(values, Sequence) or isinstance(values, bytes):
+    raise RequestError(
+      f"{what} must be text or a sequence, not {type(values).__name__}"
+    )
+  return list(values)
 
 
 def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ filters act in the order, and with the meaning, of Hugging Face transformers'
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ffjax.errors import RequestError
@@ -53,6 +54,9 @@ class Sampling:
       ("seed", lambda x: x == int(x) and 0 <= x < 2**31, "from 0 to 2**31 - 1"),
     ):
       value = getattr(self, name)
+      # Arrays pass, and whatever JAX puts in their place under a transformation.
+      if isinstance(value, str | bytes | bool | list | tuple | dict):
+        raise RequestError(f"{name}={value!r} must be a number")
       if _is_number(value) and not accepts(value):
         raise RequestError(f"{name}={value} must be {wanted}")
 
@@ -74,7 +78,8 @@ class Sampling:
 
 
 def _is_number(value: object) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
+  numbers = int | float | np.integer | np.floating
+  return isinstance(value, numbers) and not isinstance(value, bool)
 
 
 def choose(

@@ -132,6 +132,15 @@ def test_batch_equals_single_prompts(model, batch):
   assert together == alone
 
 
+def test_prompts_may_be_arrays(model):
+  rows = [[5, 9, 11], [1, 2, 3]]
+  expected = decode.generate(model, rows, 3).token_ids
+  for array in (np.asarray(rows), jnp.asarray(rows), list(np.asarray(rows))):
+    assert decode.generate(model, array, 3).token_ids == expected
+    assert decode.generate(model, array[0], 3).token_ids == expected[:1]
+  assert decode.generate(model, tuple(rows[0]), 3).token_ids == expected[:1]
+
+
 def test_finished_sequences_stay_as_they_are(ending_model):
   sampling = decode.Sampling(repetition_penalty=1.3)
   lengths = np.asarray([len(prompt) for prompt in PROMPTS], np.int32)
@@ -348,6 +357,11 @@ def test_auto_is_the_reference_here_and_fused_says_what_is_missing(model):
     ([[1], [2, 40]], {}, "prompt 1 has token id 40, outside the vocabulary"),
     ([[-1]], {}, "prompt 0 has token id -1"),
     ([[1.5]], {}, "prompt 0 has 1.5, not a token id"),
+    (np.asarray([[1.5]]), {}, "prompt 0 has .*1.5.*, not a token id"),
+    (None, {}, "prompts must be text or a sequence, not NoneType"),
+    ((x for x in [1]), {}, "prompts must be .* not generator"),
+    ([b"x"], {}, "prompt 0 must be text or a sequence, not bytes"),
+    ([[1], 2], {}, "prompt 1 must be text or a sequence, not int"),
     ("text", {}, "prompt 0 is text, but the checkpoint has no tokenizer"),
     ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0 is not an integer"),

@@ -189,6 +189,10 @@ def test_other_values_compile_nothing():
     ("repetition_penalty", 0.0),
     ("seed", -1),
     ("seed", 2**31),
+    ("temperature", np.float32(-1)),
+    ("temperature", "hot"),
+    ("top_k", True),
+    ("top_p", [0.5]),
   ],
 )
 def test_values_out_of_range_are_named(name, value):
