@@ -63,9 +63,9 @@ def load(
       that is missing, damaged, unknown or not supported.
     RequestError: if the dtype is not supported or the model does not fit.
   """
-  path = pathlib.Path(path)
   if dtype is not None:
     dtype = params.checked_dtype(dtype)
+  path = _checked_path(path)
   config, entries, tokenizer = _open(path)
   plan = _match(path, config, entries)
   total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
@@ -88,6 +88,30 @@ def load(
     config=config,
     tokenizer=tokenizer,
   )
+
+
+def inspect(
+  path: str | os.PathLike[str],
+) -> tuple[LlamaConfig, text.Tokenizer | None]:
+  """Reads a checkpoint's config and tokenizer, and no weights.
+
+  Args:
+    path: as for `load`.
+
+  Raises:
+    CheckpointError, ConfigError, TokenizerError: as `load`.
+  """
+  config, _, tokenizer = _open(_checked_path(path))
+  return config, tokenizer
+
+
+def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
+  if not isinstance(path, str | os.PathLike):
+    raise CheckpointError(f"path must be text, not {type(path).__name__}")
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError:  # There is no such user; then it is a plain name.
+    return pathlib.Path(path)
 
 
 def _open(
@@ -129,7 +153,8 @@ def _with_generation_eos(
   config: LlamaConfig, path: pathlib.Path
 ) -> LlamaConfig:
   """Adds the ends of text that chat models list only for generation."""
-  if not path.exists():
+  # A broken link, as in a pruned hub cache, must not pass for no file.
+  if not os.path.lexists(path):
     return config
   raw = config.to_dict()
   more = json_file.read_object(path, ConfigError).get("eos_token_id")
@@ -289,7 +314,7 @@ def save(
   Raises:
     CheckpointError: if the directory holds a checkpoint or cannot be written.
   """
-  directory = pathlib.Path(directory)
+  directory = _checked_path(directory)
   for name in ("config.json", safetensors_file.SINGLE_NAME):
     if (directory / name).exists():
       raise CheckpointError(
@@ -307,7 +332,8 @@ def save(
 
 
 def _saved_config(model: Model) -> dict[str, Any]:
-  dtype = model.params["embed_tokens"]["weight"].dtype
+  dtypes = (array.dtype for array in jax.tree.leaves(model.params))
+  dtype = functools.reduce(jnp.promote_types, dtypes)
   return {**model.config.to_dict(), "torch_dtype": dtype.name}
 
 

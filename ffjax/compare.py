@@ -121,6 +121,9 @@ def compare(
     RequestError: if an implementation cannot run here or a prompt is too short
       or out of range.
   """
+  if isinstance(implementations, str) or len(implementations) != 2:
+    raise RequestError(f"implementations={implementations!r} must be two names")
+  prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=0)
   baseline, other = (resolve(name) for name in implementations)
   encoded = prompts_lib.encode(model, prompts)
   for i, prompt in enumerate(encoded):
@@ -191,7 +194,7 @@ def _divergences(
       model,
       state,
       max_new_tokens - 1,
-      max_steps=max_new_tokens,
+      max_steps=rounded_capacity(max_new_tokens),
       implementation=name,
     )
     continued.append(np.concatenate([first, np.asarray(rest)], axis=1))

@@ -16,7 +16,6 @@ import numpy as np
 from ffjax import prompts as prompts_lib
 from ffjax.cache import KVCache, check_fits, rounded_capacity
 from ffjax.compare import Comparison, Divergence, compare
-from ffjax.errors import RequestError
 from ffjax.implementation import resolve
 from ffjax.params import Model
 from ffjax.prompts import Prompts
@@ -96,12 +95,9 @@ def _checked(
   stop_on_eos: bool,
   capacity: int | None,
 ) -> _Request:
-  if isinstance(max_new_tokens, bool) or not isinstance(
-    max_new_tokens, int | np.integer
-  ):
-    raise RequestError(f"max_new_tokens={max_new_tokens!r} is not an integer")
-  if max_new_tokens < 1:
-    raise RequestError(f"max_new_tokens={max_new_tokens} must be at least 1")
+  prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=1)
+  if capacity is not None:
+    prompts_lib.check_count("capacity", capacity, at_least=1)
   resolved = resolve(implementation)
   encoded = prompts_lib.encode(model, prompts)
   prompts_lib.check_lengths(model.config, encoded, max_new_tokens, capacity)

@@ -4,6 +4,7 @@ Text streams to standard output; the progress bar and the closing line of
 timings go to standard error, so that the text alone can be piped on.
 """
 
+import io
 import sys
 import time
 from typing import Any, TextIO
@@ -12,6 +13,7 @@ import jax
 from absl import app, flags, logging
 
 from ffjax import checkpoint, decode, implementation
+from ffjax import prompts as prompts_lib
 from ffjax.errors import FfjaxError, RequestError
 from ffjax.params import DTYPE_NAMES, Model
 from ffjax.text import StreamDecoder, Tokenizer
@@ -76,7 +78,14 @@ class _ProgressBar:
 def _prompt_text() -> str:
   prompt = _PROMPT.value
   assert prompt is not None  # A required flag.
-  return sys.stdin.read() if prompt == "-" else prompt
+  if prompt != "-":
+    return prompt
+  if sys.stdin is None:
+    raise RequestError("--prompt=-: standard input is closed")
+  try:
+    return sys.stdin.buffer.read().decode("utf-8")
+  except UnicodeDecodeError as e:
+    raise RequestError(f"--prompt=-: standard input is not UTF-8: {e}") from e
 
 
 def _prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
@@ -111,7 +120,7 @@ def _timings(
     step_s = (times_s[-1] - times_s[1]) / num_steps
     config = model.config
     mean_length = prompt_length + num_steps / 2
-    step_bytes = config.weight_bytes_per_step(model.weight_itemsize_bytes)
+    step_bytes = model.weight_bytes_per_step()
     step_bytes += int(
       mean_length * config.kv_bytes_per_token(model.dtype.itemsize)
     )
@@ -134,8 +143,21 @@ def _run() -> None:
     seed=_SEED.value,
   )
   implementation.resolve(_IMPLEMENTATION.value)
+  prompts_lib.check_count("max_new_tokens", _MAX_NEW_TOKENS.value, at_least=1)
   path = _CHECKPOINT.value
   assert path is not None  # A required flag.
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as e:
+    raise RequestError(f"JAX finds no device: {e}") from e
+  # All that can be wrong with the request, before the weights are read.
+  config, tokenizer = checkpoint.inspect(path)
+  if tokenizer is None:
+    raise RequestError(f"{path}: there is no tokenizer for text")
+  shown = _prompt_text()
+  prompt = _prompt_ids(shown, tokenizer)
+  prompts_lib.check_lengths(config, [prompt], _MAX_NEW_TOKENS.value)
+
   begin = time.perf_counter()
   model = checkpoint.load(
     path,
@@ -144,10 +166,6 @@ def _run() -> None:
   )
   jax.block_until_ready(model.params)
   loaded = time.perf_counter()
-  if model.tokenizer is None:
-    raise RequestError(f"{path}: there is no tokenizer for text")
-  shown = _prompt_text()
-  prompt = _prompt_ids(shown, model.tokenizer)
   options: dict[str, Any] = dict(
     implementation=_IMPLEMENTATION.value,
     sampling=sampling,
@@ -159,7 +177,7 @@ def _run() -> None:
 
   if not _CHAT.value:
     print(shown, end="", flush=True)
-  text = StreamDecoder(model.tokenizer)
+  text = StreamDecoder(tokenizer)
   times_s = [time.perf_counter()]
   for token_ids in decode.stream(*arguments, **options):
     times_s.append(time.perf_counter())
@@ -180,6 +198,9 @@ def _run() -> None:
 def main(argv: list[str]) -> int:
   """Runs the command line; bad input is one line on standard error."""
   try:
+    for stream in (sys.stdout, sys.stderr):
+      if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # Of a terminal that is not UTF-8.
     if len(argv) > 1:
       raise RequestError(f"unexpected argument {argv[1]!r}")
     _run()
@@ -198,6 +219,10 @@ def main(argv: list[str]) -> int:
     # The reader has what it wanted; keep Python from flushing into the pipe.
     sys.stdout = None
     return 0
+  except OSError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.stdout = None
+    return 1
   return 0
 
 

@@ -124,7 +124,7 @@ def resolve(name: str) -> Implementation:
       for candidate in _PREFERENCE
       if _IMPLEMENTATIONS[candidate].missing() is None
     )
-  if name not in _IMPLEMENTATIONS:
+  if not isinstance(name, str) or name not in _IMPLEMENTATIONS:
     raise RequestError(
       f"implementation={name!r} does not exist (there are: {', '.join(NAMES)})"
     )

@@ -45,16 +45,26 @@ class Model:
   def dtype(self) -> np.dtype:
     """Dtype of the reference's activations and cache.
 
-    That of the weights; float32 for float16 weights, whose range activations
-    would overflow.
+    bfloat16 if every matrix is bfloat16, else float32: float16 weights have
+    the bits but not the range that activations need.
     """
-    dtype = self.params["embed_tokens"]["weight"].dtype
-    return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
+    flat = flax.traverse_util.flatten_dict(self.params)
+    matrices = [
+      array
+      for path, array in flat.items()
+      if array.ndim == (3 if path[0] == "layers" else 2)
+    ]
+    if all(array.dtype == jnp.bfloat16 for array in matrices):
+      return np.dtype(jnp.bfloat16)
+    return np.dtype(np.float32)
 
-  @property
-  def weight_itemsize_bytes(self) -> int:
-    """Bytes of one weight of a matrix."""
-    return self.params["embed_tokens"]["weight"].dtype.itemsize
+  def weight_bytes_per_step(self, batch: int = 1) -> int:
+    """Returns the weight bytes that one decode step must read, as stored."""
+    total_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params))
+    embedding = self.params["embed_tokens"]["weight"]
+    if not self.config.tie_word_embeddings:
+      total_bytes -= embedding.nbytes
+    return total_bytes + batch * (embedding.nbytes // embedding.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,3 +122,11 @@ def check_lengths(
           f" max_new_tokens={max_new_tokens} that is more than"
           f" {name}={limit}"
         )
+
+
+def check_count(name: str, value: object, at_least: int) -> None:
+  """Raises a RequestError naming an argument that is not such an integer."""
+  if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    raise RequestError(f"{name}={value!r} is not an integer")
+  if value < at_least:
+    raise RequestError(f"{name}={value} must be at least {at_least}")

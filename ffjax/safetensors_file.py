@@ -49,9 +49,10 @@ def open_directory(directory: pathlib.Path) -> list[TensorEntry]:
   """
   single = directory / SINGLE_NAME
   index = directory / INDEX_NAME
-  if single.exists():
+  # A broken link, as in a pruned hub cache, is named when it is opened.
+  if os.path.lexists(single):
     return open_file(single)
-  if index.exists():
+  if os.path.lexists(index):
     return _open_index(index)
   others = sorted(
     path.name

@@ -5,6 +5,8 @@ filters act in the order, and with the meaning, of Hugging Face transformers'
 `generate`: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,22 +45,36 @@ class Sampling:
   seed: int | jax.Array = 0
 
   def __post_init__(self) -> None:
-    if _is_number(self.temperature) and self.temperature == 0:
-      object.__setattr__(self, "temperature", None)
-    for name, accepts, wanted in (
-      ("temperature", lambda x: 0 < x < float("inf"), "finite, at least 0"),
-      ("top_k", lambda x: x == int(x) and 1 <= x < 2**31, "an integer from 1"),
-      ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-      ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
-      ("repetition_penalty", lambda x: 0 < x < float("inf"), "above 0"),
-      ("seed", lambda x: x == int(x) and 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+    for name, number, accepts, wanted in (
+      # The least normal float32: smaller ones are zero on the device.
+      (
+        "temperature",
+        float,
+        lambda x: x == 0 or 1.2e-38 < x < 3e38,
+        "0 or a positive float32",
+      ),
+      ("top_k", int, lambda x: 1 <= x < 2**31, "an integer from 1"),
+      ("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+      ("min_p", float, lambda x: 0 <= x <= 1, "from 0 to 1"),
+      (
+        "repetition_penalty",
+        float,
+        lambda x: 1.2e-38 < x < 3e38,
+        "a positive float32",
+      ),
+      ("seed", int, lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
     ):
-      value = getattr(self, name)
-      # Arrays pass, and whatever JAX puts in their place under a transformation.
+      value = _concrete(getattr(self, name))
       if isinstance(value, str | bytes | bool | list | tuple | dict):
         raise RequestError(f"{name}={value!r} must be a number")
-      if _is_number(value) and not accepts(value):
+      if not isinstance(value, int | float):
+        continue  # None, a tracer, or what JAX puts in its place.
+      if not accepts(value) or number(value) != value:
         raise RequestError(f"{name}={value} must be {wanted}")
+      # One type for each, so that 1 and 1.0 share a compilation.
+      object.__setattr__(self, name, number(value))
+    if isinstance(self.temperature, float) and self.temperature == 0:
+      object.__setattr__(self, "temperature", None)
 
   @property
   def greedy(self) -> bool:
@@ -77,9 +93,12 @@ class Sampling:
     )
 
 
-def _is_number(value: object) -> bool:
-  numbers = int | float | np.integer | np.floating
-  return isinstance(value, numbers) and not isinstance(value, bool)
+def _concrete(value: Any) -> Any:
+  """Returns the Python number in a NumPy or JAX scalar, if it is known."""
+  if isinstance(value, jax.core.Tracer):
+    return value
+  scalar = isinstance(value, np.generic | np.ndarray | jax.Array)
+  return value.item() if scalar and value.ndim == 0 else value
 
 
 def choose(
@@ -103,20 +122,30 @@ def choose(
     Token ids `[B]` int32.
   """
   if sampling.repetition_penalty is not None:
-    assert seen is not None
+    if seen is None:
+      raise RequestError(
+        "repetition_penalty needs the tokens so far: pass it to prefill too"
+      )
     penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen, penalised, logits)
   if sampling.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / jnp.asarray(sampling.temperature, jnp.float32)
+  draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+  if sampling.top_k is None and sampling.top_p is None:
+    if sampling.min_p is not None:
+      likeliest = jnp.max(logits, axis=-1, keepdims=True)
+      kept = jnp.exp(logits - likeliest) >= sampling.min_p
+      logits = jnp.where(kept, logits, _OFF)
+    drawn = jax.vmap(jax.random.categorical)(draw_keys, logits)
+    return drawn.astype(jnp.int32)
   # In order of likelihood every filter is a threshold.
   vocab = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
   falling, token_ids = jax.lax.sort(
     (-logits, jnp.broadcast_to(vocab, logits.shape)), num_keys=1
   )
   ranked = filter_ranked(-falling, sampling)
-  draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
   rank = jax.vmap(jax.random.categorical)(draw_keys, ranked)
   return jnp.take_along_axis(token_ids, rank[:, None], axis=-1)[:, 0]
 

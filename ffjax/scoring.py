@@ -35,6 +35,8 @@ def token_nll(
     that token is padding.
   """
   dtype = model.dtype if dtype is None else dtype
+  # Under x64 NumPy's own integers are 64 bits wide.
+  token_ids, lengths = jnp.int32(token_ids), jnp.int32(lengths)
   b, t = token_ids.shape
   llama = Llama(model.config, dtype)
   variables = {"params": model.params}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ffjax.cache import KVCache
+from ffjax.errors import RequestError
 from ffjax.implementation import (
   reference_hidden,
   reference_logits,
@@ -79,6 +80,8 @@ def forward(
     Float32 logits `[B, V]` after each sequence's last new token (meaningless
     where there is none) and the extended cache.
   """
+  # Under x64 NumPy's own integers are 64 bits wide.
+  token_ids, lengths = jnp.int32(token_ids), jnp.int32(lengths)
   b, t = token_ids.shape
   chunk = chunk_length(b, model.config.num_attention_heads, cache.capacity, t)
   num_chunks = -(-t // chunk)
@@ -123,7 +126,8 @@ def prefill(
 ) -> DecodeState:
   """Runs the prompts and chooses the first new token of each.
 
-  Jitted; donates `cache`.
+  Jitted; donates `cache`. Being traced, it cannot check values: ids and lengths
+  out of range give meaningless tokens, where `generate` raises.
 
   Args:
     model: the model.
@@ -132,7 +136,8 @@ def prefill(
     sampling: how to choose.
     capacity: S of a new cache, room for prompts and everything after.
     cache: a cache to continue instead, for example `state.cache`, which lacks
-      only the newest token.
+      only the newest token. A repetition penalty then knows only the tokens
+      given here.
     implementation: what will run the steps; decides the new cache's dtype.
     stop_on_eos: whether an eos token ends a sequence.
 
@@ -142,7 +147,9 @@ def prefill(
   config = model.config
   b = token_ids.shape[0]
   if (cache is None) == (capacity is None):
-    raise TypeError("prefill needs one of capacity and cache")
+    raise RequestError("prefill needs either capacity or cache")
+  if capacity is not None and capacity < 1:
+    raise RequestError(f"capacity={capacity} must be at least 1")
   if capacity is not None:
     dtype = resolve(implementation).dtype(model)
     cache = KVCache.create(config, b, capacity, dtype)

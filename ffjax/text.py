@@ -7,6 +7,7 @@ module. `load_tokenizer` reads the files next to a Hugging Face checkpoint,
 text as they are generated.
 """
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -233,14 +234,14 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer | None:
   path = directory / files.TOKENIZER
   config = (
     json_file.read_object(config_path, TokenizerError)
-    if config_path.exists()
+    if os.path.lexists(config_path)
     else {}
   )
   if config.get("tokenizer_class") == "ByT5Tokenizer":
     return ByteTokenizer(chat_template=files.chat_template(directory, config))
-  if not path.exists():
+  if not os.path.lexists(path):
     for name in (files.CONFIG, "tokenizer.model"):
-      if (directory / name).exists():
+      if os.path.lexists(directory / name):
         raise TokenizerError(f"{directory / name}: there is no {path.name}")
     return None
   return read_json_tokenizer(directory, config)

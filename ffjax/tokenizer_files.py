@@ -5,6 +5,7 @@ a file is a `TokenizerError` that names it.
 """
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ def chat_template(
 ) -> str | None:
   """Returns the chat template, from its own file or from the config."""
   path = directory / TEMPLATE
-  if path.exists():
+  if os.path.lexists(path):
     return read_text(path)
   found = config.get("chat_template")
   if isinstance(found, list):

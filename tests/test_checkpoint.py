@@ -913,3 +913,37 @@ def test_peak_memory_of_gguf(dtype, large, tmp_path):
   tensor_bytes = 4 * config.vocab_size * config.hidden_size
   assert 0.9 * model_bytes < growth
   assert growth < model_bytes + tensor_bytes + _SLACK_BYTES
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "model.safetensors",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+  ],
+)
+def test_broken_links_are_named(tmp_path, make_config, name):
+  """A hub cache that lost a file must not load as if it never had it."""
+  ffjax.save(ffjax.random_model(make_config()), tmp_path)
+  (tmp_path / name).unlink(missing_ok=True)
+  (tmp_path / name).symlink_to(tmp_path / "gone")
+  with pytest.raises(ffjax.FfjaxError, match=name):
+    ffjax.load(tmp_path)
+
+
+def test_home_is_expanded(tmp_path, make_config, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  ffjax.save(ffjax.random_model(make_config()), "~/model")
+  assert (tmp_path / "model" / "config.json").exists()
+  assert ffjax.load("~/model").config == ffjax.load(tmp_path / "model").config
+
+
+def test_inspect_reads_no_weights(tmp_path, make_config, monkeypatch):
+  config = make_config()
+  ffjax.save(ffjax.random_model(config), tmp_path)
+  monkeypatch.setattr(checkpoint, "_load_leaf", None)
+  found, tokenizer = checkpoint.inspect(tmp_path)
+  assert found.hidden_size == config.hidden_size
+  assert tokenizer is None

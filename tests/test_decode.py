@@ -367,6 +367,7 @@ def test_auto_is_the_reference_here_and_fused_says_what_is_missing(model):
     ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0 is not an integer"),
     ([1] * 100, {"max_new_tokens": 29}, "more than max_position_embeddings"),
     ([1] * 10, {"max_new_tokens": 9, "capacity": 18}, "more than capacity=18"),
+    ([1], {"capacity": 64.0}, "capacity=64.0 is not an integer"),
   ],
 )
 def test_errors_name_the_argument(make_config, prompts, options, message):
@@ -374,6 +375,32 @@ def test_errors_name_the_argument(make_config, prompts, options, message):
   for function in (decode.generate, decode.stream, decode.warm_up):
     with pytest.raises(RequestError, match=message):
       function(model, prompts, **options)
+
+
+def test_wide_integers_are_accepted(make_config):
+  model = sharpened(make_config())
+  expected = decode.generate(model, [5, 9, 11], 3).token_ids
+  with jax.enable_x64(True):
+    state = decode.prefill(
+      model, np.asarray([[5, 9, 11]]), np.asarray([3]), capacity=64
+    )
+    state, rest = decode.decode_steps(model, state, 2, max_steps=2)
+    assert rest.tolist() == [expected[0][1:]]
+    assert decode.generate(model, [5, 9, 11], 3).token_ids == expected
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"implementations": "reference"}, "must be two names"),
+    ({"implementations": ("reference",)}, "must be two names"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not an integer"),
+  ],
+)
+def test_compare_names_bad_arguments(make_config, options, message):
+  with pytest.raises(RequestError, match=message):
+    decode.compare(sharpened(make_config()), [1, 2], **options)
 
 
 def test_cache_that_does_not_fit_is_refused(make_config, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line: text, progress, timings, and errors without traceback."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -99,8 +100,10 @@ def test_bad_flags_are_named(capsys, values, message):
     capsys, **{"checkpoint": _CHECKPOINT, "prompt": "x", **values}
   )
   assert code == 1
-  assert err.splitlines()[-1].startswith("error: ")
-  assert message in err.splitlines()[-1]
+  # One line: nothing was loaded before the error was found.
+  assert err.startswith("error: ")
+  assert len(err.splitlines()) == 1
+  assert message in err
   assert out == ""
 
 
@@ -124,6 +127,28 @@ def test_sampling_flags_reach_the_sampler(capsys):
   assert texts["plain"] == texts["again"]
   assert len({texts[name] for name in ("plain", "seed", "penalty")}) == 3
   assert texts["top_k"] == texts["top_p"] == texts["min_p"] == greedy
+
+
+@pytest.mark.parametrize(
+  ("data", "environment", "message"),
+  [
+    (b"\xff", {}, "error: --prompt=-: standard input is not UTF-8"),
+    (b"x", {"JAX_PLATFORMS": "none_such"}, "error: JAX finds no device"),
+  ],
+)
+def test_surroundings_give_no_traceback(data, environment, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "ffjax.generate", "--prompt=-"]
+    + [f"--checkpoint={_CHECKPOINT}"],
+    input=data,
+    capture_output=True,
+    cwd=_ROOT,
+    env={**os.environ, **environment},
+    timeout=300,
+  )
+  assert done.returncode == 1
+  assert message in done.stderr.decode()
+  assert "Traceback" not in done.stderr.decode()
 
 
 def test_prompt_from_standard_input():

@@ -476,8 +476,21 @@ def test_random_model_refuses_what_does_not_fit(make_config, monkeypatch):
 def test_model_dtypes(make_config, weights, activations, itemsize_bytes):
   model = params.random_model(make_config(), dtype=weights)
   assert model.dtype.name == activations
-  assert model.weight_itemsize_bytes == itemsize_bytes
+  for batch in (1, 3):
+    assert model.weight_bytes_per_step(
+      batch
+    ) == model.config.weight_bytes_per_step(itemsize_bytes, batch)
   assert np.isfinite(_logits(model, [[1, 2]])).all()
+
+
+def test_one_matrix_in_float32_makes_activations_float32(make_config):
+  model = params.random_model(make_config(), dtype="bfloat16")
+  tree = jax.tree.map(lambda x: x, model.params)
+  tree["norm"]["weight"] = tree["norm"]["weight"].astype(jnp.float32)
+  assert model.replace(params=tree).dtype == jnp.bfloat16
+  up = tree["layers"]["mlp"]["up_proj"]
+  up["weight"] = up["weight"].astype(jnp.float32)
+  assert model.replace(params=tree).dtype == np.float32
 
 
 def test_cache_capacity_is_rounded_up():

@@ -138,6 +138,25 @@ def test_greedy_takes_the_first_of_the_largest():
   assert Sampling(temperature=0.0) == Sampling()
 
 
+def test_scalars_of_any_kind_mean_the_same():
+  expected = Sampling(temperature=0.5, top_k=3, seed=2)
+  for scalar in (np.float32, np.float64, jnp.float32, np.asarray):
+    found = Sampling(
+      temperature=scalar(0.5), top_k=np.int64(3), seed=jnp.int32(2)
+    )
+    assert found == expected
+    assert isinstance(found.temperature, float)
+    assert isinstance(found.top_k, int)
+    assert Sampling(temperature=scalar(0)).greedy
+  assert type(Sampling(temperature=1).temperature) is float
+  assert type(Sampling(top_k=3.0).top_k) is int
+
+
+def test_penalty_needs_the_tokens_so_far():
+  with pytest.raises(RequestError, match="pass it to prefill too"):
+    draw(logits_of(0), Sampling(repetition_penalty=1.1))
+
+
 def test_repetition_penalty_acts_on_greedy_choice():
   logits = np.asarray([[2.0, 1.9, -1.0]], np.float32)
   seen = jnp.asarray([[True, False, False]])
@@ -191,6 +210,11 @@ def test_other_values_compile_nothing():
     ("seed", 2**31),
     ("temperature", np.float32(-1)),
     ("temperature", "hot"),
+    ("temperature", jnp.float32(float("nan"))),
+    ("temperature", 1e-45),
+    ("top_k", np.int64(0)),
+    ("top_k", 2**31),
+    ("repetition_penalty", jnp.float32(-1)),
     ("top_k", True),
     ("top_p", [0.5]),
   ],
