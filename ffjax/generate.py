@@ -5,6 +5,7 @@ timings go to standard error, so that the text alone can be piped on.
 """
 
 import io
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -197,6 +198,9 @@ def _run() -> None:
 
 def main(argv: list[str]) -> int:
   """Runs the command line; bad input is one line on standard error."""
+  # What is closed is None in Python; nobody listens, so write to nowhere.
+  sys.stdout = sys.stdout or open(os.devnull, "w")
+  sys.stderr = sys.stderr or open(os.devnull, "w")
   try:
     for stream in (sys.stdout, sys.stderr):
       if isinstance(stream, io.TextIOWrapper):
