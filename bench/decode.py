@@ -104,11 +104,8 @@ def main(argv: list[str]) -> None:
     time_loop(model, token_ids, capacity) for _ in range(_REPEATS.value)
   ]
   step_ms = [1e3 * loop_s / _STEPS.value for _, loop_s in samples]
-  step_bytes = model.weight_bytes_per_step(_BATCH.value)
   mean_length = _PROMPT.value + _STEPS.value / 2
-  step_bytes += int(
-    _BATCH.value * mean_length * config.kv_bytes_per_token(model.dtype.itemsize)
-  )
+  step_bytes = model.bytes_per_step(_BATCH.value, mean_length)
   median_ms = statistics.median(step_ms)
   result: dict[str, Any] = dict(
     date=datetime.date.today().isoformat(),

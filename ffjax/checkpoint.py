@@ -6,12 +6,13 @@ the stacked parameters on the device, so that the host never holds more than
 the model (if it is the device) and a block.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -64,45 +65,51 @@ def load(
     RequestError: if the dtype is not supported or the model does not fit.
   """
   if dtype is not None:
-    dtype = params.checked_dtype(dtype)
-  path = _checked_path(path)
-  config, entries, tokenizer = _open(path)
-  plan = _match(path, config, entries)
-  total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
-  device_memory.require(total_bytes, f"{path}: the model")
-
-  done_bytes = 0
-
-  def advance(num_bytes: int) -> None:
-    nonlocal done_bytes
-    done_bytes += num_bytes
-    if progress is not None:
-      progress(done_bytes, total_bytes)
-
-  advance(0)
-  tree = {
-    leaf.path: _load_leaf(leaf, parts, dtype, advance) for leaf, parts in plan
-  }
-  return Model(
-    params=flax.traverse_util.unflatten_dict(tree),
-    config=config,
-    tokenizer=tokenizer,
-  )
+    dtype = params.checked_dtype(dtype)  # Before anything is read.
+  return open_checkpoint(path).load(dtype, progress)
 
 
-def inspect(
-  path: str | os.PathLike[str],
-) -> tuple[LlamaConfig, text.Tokenizer | None]:
-  """Reads a checkpoint's config and tokenizer, and no weights.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A checkpoint of which everything but the weights has been read.
 
-  Args:
-    path: as for `load`.
-
-  Raises:
-    CheckpointError, ConfigError, TokenizerError: as `load`.
+  Attributes:
+    path: the directory or file.
+    config: the model's sizes and constants.
+    tokenizer: its tokenizer, or None.
+    entries: its tensors, not yet read.
   """
-  config, _, tokenizer = _open(_checked_path(path))
-  return config, tokenizer
+
+  path: pathlib.Path
+  config: LlamaConfig
+  tokenizer: text.Tokenizer | None
+  entries: list[TensorEntry]
+
+  def load(self, dtype: Any = None, progress: Progress | None = None) -> Model:
+    """Reads the weights; arguments, result and errors are those of `load`."""
+    if dtype is not None:
+      dtype = params.checked_dtype(dtype)
+    plan = _match(self.path, self.config, self.entries)
+    total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
+    device_memory.require(total_bytes, f"{self.path}: the model")
+
+    done_bytes = 0
+
+    def advance(num_bytes: int) -> None:
+      nonlocal done_bytes
+      done_bytes += num_bytes
+      if progress is not None:
+        progress(done_bytes, total_bytes)
+
+    advance(0)
+    tree = {
+      leaf.path: _load_leaf(leaf, parts, dtype, advance) for leaf, parts in plan
+    }
+    return Model(
+      params=flax.traverse_util.unflatten_dict(tree),
+      config=self.config,
+      tokenizer=self.tokenizer,
+    )
 
 
 def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -114,17 +121,23 @@ def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def _open(
-  path: pathlib.Path,
-) -> tuple[LlamaConfig, list[TensorEntry], text.Tokenizer | None]:
-  """Reads everything but the weights."""
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+  """Reads a checkpoint's config, tokenizer and list of tensors, no weights.
+
+  Args:
+    path: as for `load`.
+
+  Raises:
+    CheckpointError, ConfigError, TokenizerError: as `load`.
+  """
+  path = _checked_path(path)
   # Not pathlib's tests, which raise for names that cannot exist.
   if os.path.isdir(path):
     raw = json_file.read_object(path / "config.json", ConfigError)
     config = LlamaConfig.from_dict(raw, str(path / "config.json"))
     config = _with_generation_eos(config, path / "generation_config.json")
     entries = safetensors_file.open_directory(path)
-    return config, entries, text.load_tokenizer(path)
+    return Checkpoint(path, config, text.load_tokenizer(path), entries)
   if not os.path.exists(path):
     raise CheckpointError(
       f"{path}: no such file or directory (ffjax reads local checkpoints)"
@@ -135,7 +148,8 @@ def _open(
     )
   opened = gguf_file.open_gguf(path)
   config = LlamaConfig.from_dict(opened.config, str(path))
-  return config, opened.entries, _gguf_tokenizer(path, opened)
+  tokenizer = _gguf_tokenizer(path, opened)
+  return Checkpoint(path, config, tokenizer, opened.entries)
 
 
 def _gguf_tokenizer(
@@ -221,12 +235,14 @@ def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
     )
 
 
-def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
-  if dtype is not None:
-    return dtype
-  found = {part.dtype for part in parts}
+def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+  found = set(map(np.dtype, dtypes))
   # Any two of the three float dtypes fit together in float32 only.
   return found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+
+def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
+  return _common_dtype(part.dtype for part in parts) if dtype is None else dtype
 
 
 def _leaf_bytes(
@@ -332,8 +348,7 @@ def save(
 
 
 def _saved_config(model: Model) -> dict[str, Any]:
-  dtypes = (array.dtype for array in jax.tree.leaves(model.params))
-  dtype = functools.reduce(jnp.promote_types, dtypes)
+  dtype = _common_dtype(x.dtype for x in jax.tree.leaves(model.params))
   return {**model.config.to_dict(), "torch_dtype": dtype.name}
 
 

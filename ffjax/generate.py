@@ -119,12 +119,7 @@ def _timings(
   num_steps = len(times_s) - 2
   if num_steps > 0:
     step_s = (times_s[-1] - times_s[1]) / num_steps
-    config = model.config
-    mean_length = prompt_length + num_steps / 2
-    step_bytes = model.weight_bytes_per_step()
-    step_bytes += int(
-      mean_length * config.kv_bytes_per_token(model.dtype.itemsize)
-    )
+    step_bytes = model.bytes_per_step(1, prompt_length + num_steps / 2)
     parts.append(
       f"{1e3 * step_s:.2f} ms/token, {1 / step_s:.1f} tokens/s,"
       f" {step_bytes / step_s / 1e9:.1f} GB/s over {num_steps} steps"
@@ -151,17 +146,17 @@ def _run() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as e:
     raise RequestError(f"JAX finds no device: {e}") from e
+  shown = _prompt_text()
   # All that can be wrong with the request, before the weights are read.
-  config, tokenizer = checkpoint.inspect(path)
+  begin = time.perf_counter()
+  opened = checkpoint.open_checkpoint(path)
+  tokenizer = opened.tokenizer
   if tokenizer is None:
     raise RequestError(f"{path}: there is no tokenizer for text")
-  shown = _prompt_text()
   prompt = _prompt_ids(shown, tokenizer)
-  prompts_lib.check_lengths(config, [prompt], _MAX_NEW_TOKENS.value)
+  prompts_lib.check_lengths(opened.config, [prompt], _MAX_NEW_TOKENS.value)
 
-  begin = time.perf_counter()
-  model = checkpoint.load(
-    path,
+  model = opened.load(
     dtype=_DTYPE.value,
     progress=_ProgressBar("loading", sys.stderr),
   )

@@ -66,6 +66,17 @@ class Model:
       total_bytes -= embedding.nbytes
     return total_bytes + batch * (embedding.nbytes // embedding.shape[0])
 
+  def bytes_per_step(self, batch: int, mean_length: float) -> int:
+    """Returns the bytes of weights and cache that a decode step must read.
+
+    Args:
+      batch: B, number of sequences.
+      mean_length: tokens in the cache, the mean over sequences and steps.
+    """
+    token_bytes = self.config.kv_bytes_per_token(self.dtype.itemsize)
+    cache_bytes = int(batch * mean_length * token_bytes)
+    return self.weight_bytes_per_step(batch) + cache_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:

@@ -134,10 +134,7 @@ def choose(
   logits = logits / jnp.asarray(sampling.temperature, jnp.float32)
   draw_keys = jax.vmap(jax.random.fold_in)(keys, positions)
   if sampling.top_k is None and sampling.top_p is None:
-    if sampling.min_p is not None:
-      likeliest = jnp.max(logits, axis=-1, keepdims=True)
-      kept = jnp.exp(logits - likeliest) >= sampling.min_p
-      logits = jnp.where(kept, logits, _OFF)
+    logits = _filter_min_p(logits, sampling)
     drawn = jax.vmap(jax.random.categorical)(draw_keys, logits)
     return drawn.astype(jnp.int32)
   # In order of likelihood every filter is a threshold.
@@ -168,7 +165,13 @@ def filter_ranked(logits: jax.Array, sampling: Sampling) -> jax.Array:
     probs = jax.nn.softmax(logits, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     logits = jnp.where(before < sampling.top_p, logits, _OFF)
-  if sampling.min_p is not None:
-    probs = jax.nn.softmax(logits, axis=-1)
-    logits = jnp.where(probs >= sampling.min_p * probs[:, :1], logits, _OFF)
-  return logits
+  return _filter_min_p(logits, sampling)
+
+
+def _filter_min_p(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  """Switches off what min-p excludes; logits `[B, V]` in any order."""
+  if sampling.min_p is None:
+    return logits
+  likeliest = jnp.max(logits, axis=-1, keepdims=True)
+  kept = jnp.exp(logits - likeliest) >= sampling.min_p
+  return jnp.where(kept, logits, _OFF)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 
+import chex
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -940,10 +941,22 @@ def test_home_is_expanded(tmp_path, make_config, monkeypatch):
   assert ffjax.load("~/model").config == ffjax.load(tmp_path / "model").config
 
 
-def test_inspect_reads_no_weights(tmp_path, make_config, monkeypatch):
+def test_open_reads_no_weights(tmp_path, make_config, monkeypatch):
   config = make_config()
   ffjax.save(ffjax.random_model(config), tmp_path)
   monkeypatch.setattr(checkpoint, "_load_leaf", None)
-  found, tokenizer = checkpoint.inspect(tmp_path)
-  assert found.hidden_size == config.hidden_size
-  assert tokenizer is None
+  opened = checkpoint.open_checkpoint(tmp_path)
+  assert opened.config.hidden_size == config.hidden_size
+  assert opened.tokenizer is None
+
+
+def test_model_of_several_dtypes_is_saved(tmp_path, make_config):
+  """No dtype but float32 holds bfloat16 and float16, or either and float32."""
+  model = ffjax.random_model(make_config(), dtype="bfloat16")
+  tree = jax.tree.map(lambda x: x, model.params)
+  tree["norm"]["weight"] = tree["norm"]["weight"].astype(jnp.float16)
+  ffjax.save(model.replace(params=tree), tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == (
+    "float32"
+  )
+  chex.assert_trees_all_equal(ffjax.load(tmp_path).params, tree)

@@ -480,6 +480,10 @@ def test_model_dtypes(make_config, weights, activations, itemsize_bytes):
     assert model.weight_bytes_per_step(
       batch
     ) == model.config.weight_bytes_per_step(itemsize_bytes, batch)
+  token_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize)
+  assert model.bytes_per_step(2, 5.5) == (
+    model.weight_bytes_per_step(2) + 11 * token_bytes
+  )
   assert np.isfinite(_logits(model, [[1, 2]])).all()
 
 
