@@ -1,0 +1,107 @@
+"""The sizes of a model as the kernel sees them, and what it can take.
+
+Axis letters: L layers, D width, N query heads, K KV heads, G = N / K, H head
+size, F MLP width, V vocabulary, B batch, S cache slots.
+"""
+
+import dataclasses
+
+# A tile is what one `wgmma` takes as its M operand: 64 rows. A chunk is the
+# unit of the weight stream: a tile's next 128 columns, as two halves of 64, one
+# below the other, so that each half is a whole 128-byte swizzle atom wide.
+TILE = 64
+CHUNK_COLS = 128
+CHUNK_ROWS = TILE * CHUNK_COLS // TILE
+CHUNK_BYTES = TILE * CHUNK_COLS * 2
+# `wgmma`'s smallest N: activations are padded to it in shared memory.
+MAX_BATCH = 8
+MAX_GROUP = 8
+# Shared memory holds one normed activation vector per sequence.
+MAX_HIDDEN_SIZE = 8192
+
+
+class UnsupportedError(ValueError):
+  """A model or request that the fused kernel does not take, and why."""
+
+
+def round_up(n: int, multiple: int) -> int:
+  """Returns the smallest multiple of `multiple` that is at least `n`."""
+  return -(-n // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  """Sizes and constants of a Llama; padded sizes are derived.
+
+  Attributes:
+    hidden_size: D.
+    intermediate_size: F.
+    num_hidden_layers: L.
+    num_attention_heads: N.
+    num_key_value_heads: K.
+    head_dim: H.
+    vocab_size: V.
+    rms_norm_eps: added to the mean square.
+    tie_word_embeddings: whether the LM head is the embedding.
+  """
+
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  vocab_size: int
+  rms_norm_eps: float
+  tie_word_embeddings: bool
+
+  @property
+  def group(self) -> int:
+    """G, query heads per KV head."""
+    return self.num_attention_heads // self.num_key_value_heads
+
+  @property
+  def num_qkv_heads(self) -> int:
+    """Heads in a row of the joint projection: N + 2 K."""
+    return self.num_attention_heads + 2 * self.num_key_value_heads
+
+  @property
+  def padded_hidden_size(self) -> int:
+    """D, rounded up to whole chunks."""
+    return round_up(self.hidden_size, CHUNK_COLS)
+
+  @property
+  def padded_attention_size(self) -> int:
+    """N H, rounded up to whole chunks."""
+    return round_up(self.num_attention_heads * self.head_dim, CHUNK_COLS)
+
+  @property
+  def padded_intermediate_size(self) -> int:
+    """F, rounded up to whole chunks."""
+    return round_up(self.intermediate_size, CHUNK_COLS)
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """V, rounded up to whole tiles."""
+    return round_up(self.vocab_size, TILE)
+
+
+def check(geometry: Geometry, batch: int) -> None:
+  """Raises for what the kernel does not take; this is the list of limits.
+
+  Raises:
+    UnsupportedError: naming the size and the limit.
+  """
+  g = geometry
+  if g.head_dim not in (64, 128):
+    raise UnsupportedError(f"head_dim={g.head_dim} (it takes 64 and 128)")
+  if g.group > MAX_GROUP:
+    raise UnsupportedError(
+      f"{g.group} query heads per KV head (it takes at most {MAX_GROUP})"
+    )
+  if g.hidden_size > MAX_HIDDEN_SIZE:
+    raise UnsupportedError(
+      f"hidden_size={g.hidden_size} (it takes at most {MAX_HIDDEN_SIZE})"
+    )
+  if not 1 <= batch <= MAX_BATCH:
+    raise UnsupportedError(f"batch {batch} (it takes 1 to {MAX_BATCH})")
