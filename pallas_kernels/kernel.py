@@ -36,7 +36,6 @@ from pallas_kernels.plan import (
   GATE_UP,
   LM_HEAD,
   O_PROJ,
-  PIECE,
   QKV,
   Plan,
   operand_shapes,
@@ -79,10 +78,9 @@ def _fori(lower: Any, upper: Any, body: Callable[[Any], None]) -> None:
 class _Cta:
   """One CTA's part of the step."""
 
-  def __init__(self, plan: Plan, signal: Callable, refs: dict[str, Any]):
+  def __init__(self, plan: Plan, refs: dict[str, Any]):
     self.plan = plan
     self.geometry = plan.geometry
-    self.signal = signal
     self.__dict__.update(refs)
     self.cta = lax.axis_index("cta")
     self.published = pl.get_global(plgpu.SemaphoreType.REGULAR((7,)))
@@ -191,13 +189,20 @@ class _Cta:
       self.published.at[phase], count, decrement=False, memory_scope="gpu"
     )
 
-  def publish(self, phase):
-    # The stores are complete in device memory, not only read from here.
+  def signal(self, semaphore):
+    """Adds 1 for all to see, after everything that this CTA has stored.
+
+    The wait makes the stores visible to the thread that issued them, and no
+    more than that: without the release, a counter was seen to move before the
+    data (bench/LOG.md).
+    """
     plgpu.wait_smem_to_gmem(0)
+    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
+
+  def publish(self, phase):
     self.signal(self.published.at[phase])
 
   def join(self, phase, owner):
-    plgpu.wait_smem_to_gmem(0)
     self.signal(self.joined.at[phase * self.plan.num_ctas + owner])
 
   def wait_joined(self, phase, count):
@@ -216,90 +221,128 @@ class _Cta:
       self.staging.at[0, pl.ds(0, self.plan.batch)], target
     )
 
-  def store_halves(self, values, targets):
+  def store_halves(self, buffer, values, targets):
     """Stores `[8, 32]` arrays to `[B, 32]` in device memory."""
     for j, value in enumerate(values):
-      self.halves.at[j][...] = value
+      buffer.at[j][...] = value
     plgpu.commit_smem()
     for j, target in enumerate(targets):
-      plgpu.copy_smem_to_gmem(
-        self.halves.at[j, pl.ds(0, self.plan.batch)], target
-      )
+      plgpu.copy_smem_to_gmem(buffer.at[j, pl.ds(0, self.plan.batch)], target)
 
   # ---- activations -------------------------------------------------------
 
   def load_rows(self, source, start, cols):
-    """Loads `[8, cols]` float32; sequences beyond the batch are meaningless."""
+    """Loads `[8, cols]`; sequences beyond the batch are meaningless."""
     layout = _rows_layout(cols)
     if self.plan.batch == 1:
-      row = plgpu.load(
-        source.at[0, pl.ds(start, cols)],
-        layout=layout.reduce(0),
-        optimized=False,
-      )
-      return _repeat_rows(row, (8, cols), layout)
+      return self.repeat(source.at[0, pl.ds(start, cols)], cols)
     return plgpu.load(
       source.at[:, pl.ds(start, cols)], layout=layout, optimized=False
     )
 
-  def inverse_rms(self, x):
-    """Returns one float32 scalar per sequence."""
+  def repeat(self, row, cols):
+    """Loads `[cols]` and repeats it as `[8, cols]`."""
+    layout = _rows_layout(cols)
+    row = plgpu.load(row, layout=layout.reduce(0), optimized=False)
+    return _repeat_rows(row, (8, cols), layout)
+
+  def load_row(self, source, width):
+    """Loads `[width]` with all of the warpgroup side by side."""
+    per_thread = width // 128
+    vector = math.gcd(16 // source.dtype.itemsize, per_thread)
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+    return plgpu.load(source, layout=layout, optimized=False)
+
+  def inverse_rms(self, row):
+    """Returns a float32 scalar for `[D]`."""
     g = self.geometry
-    width = g.padded_hidden_size
-    vector = math.gcd(4, width // 128)
-    scales = []
-    for b in range(self.plan.batch):
-      row = plgpu.load(
-        x.at[b],
-        layout=plgpu.Layout.WG_STRIDED((width,), vec_size=vector),
-        optimized=False,
+    mean = jnp.sum(row * row) * _F32(1 / g.hidden_size)
+    return lax.rsqrt(mean + _F32(g.rms_norm_eps))
+
+  def piece(self, width, most):
+    """Returns into pieces of how many columns to cut; never the whole width.
+
+    Layout inference would confuse that one with the rows of `load_row`.
+    """
+    return math.gcd(most, width // 2)
+
+  def fill_from_row(self, row, width):
+    """Writes one sequence's activations as all eight rows of x.
+
+    By way of a plain row in shared memory: each is then read from device memory
+    once and not by every thread that writes one of its eight copies.
+    """
+    self.row.at[pl.ds(0, width)][...] = row.astype(_BF16)
+    plgpu.commit_smem()
+    piece = self.piece(width, 1024)
+    for start in range(0, width, piece):
+      self.x.at[:, pl.ds(start, piece)][...] = self.repeat(
+        self.row.at[pl.ds(start, piece)], piece
       )
-      mean = jnp.sum(row * row) * _F32(1 / g.hidden_size)
-      scales.append(lax.rsqrt(mean + _F32(g.rms_norm_eps)))
-    return scales
+    plgpu.commit_smem()
 
   def fill_normed(self, x, norm):
     """Writes the normed activations `[8, D]` to shared memory."""
-    scales = self.inverse_rms(x)
     width = self.geometry.padded_hidden_size
-    # Never the whole width: layout inference would confuse it with the
-    # strided rows of `inverse_rms`.
-    piece = math.gcd(PIECE, width // 2)
-    for start in range(0, width, piece):
+    if self.plan.batch == 1:
+      row, gain = self.load_row(x.at[0], width), self.load_row(norm, width)
+      self.fill_from_row(row * self.inverse_rms(row) * gain, width)
+      return
+    scales = [
+      self.inverse_rms(self.load_row(x.at[b], width))
+      for b in range(self.plan.batch)
+    ]
+    piece = self.piece(width, 512)
+    layout = _rows_layout(piece)
+
+    def fill(j):
+      start = j * piece
       rows = self.load_rows(x, start, piece)
-      gain = plgpu.load(
-        norm.at[pl.ds(start, piece)],
-        layout=_rows_layout(piece).reduce(0),
-        optimized=False,
-      )
-      gain = _repeat_rows(gain, (8, piece), _rows_layout(piece))
-      if self.plan.batch == 1:
-        y = rows * scales[0] * gain
-      else:
-        row = plgpu.broadcasted_iota(
-          _I32, (8, piece), 0, layout=_rows_layout(piece)
-        )
-        scale = jnp.full((8, piece), scales[0], _F32)
-        for b in range(1, self.plan.batch):
-          scale = jnp.where(row == b, scales[b], scale)
-        y = rows * scale * gain
+      gain = self.repeat(norm.at[pl.ds(start, piece)], piece)
+      row = plgpu.broadcasted_iota(_I32, (8, piece), 0, layout=layout)
+      scale = jnp.full((8, piece), scales[0], _F32)
+      for b in range(1, self.plan.batch):
+        scale = jnp.where(row == b, scales[b], scale)
+      y = rows * scale * gain
       self.x.at[:, pl.ds(start, piece)][...] = y.astype(_BF16)
+
+    _fori(0, width // piece, fill)
     plgpu.commit_smem()
 
-  def fill_plain(self, source, start, num_chunks, width):
-    """Writes `num_chunks` chunks of activations from column `start` on."""
-    chunks = PIECE // CHUNK_COLS
+  def fill_plain(self, source, start, width, valid):
+    """Writes `width` columns of activations from column `start` on.
 
-    def piece(j):
-      rows = self.load_rows(source, start + j * PIECE, PIECE)
-      if width is not None:
-        col = plgpu.broadcasted_iota(
-          _I32, (8, PIECE), 1, layout=_rows_layout(PIECE)
-        )
-        rows = jnp.where(col + (start + j * PIECE) < width, rows, _F32(0))
-      self.x.at[:, pl.ds(j * PIECE, PIECE)][...] = rows.astype(_BF16)
+    Args:
+      source: `[8, cols]` bfloat16.
+      start: int32 scalar.
+      width: static; may reach beyond what is used.
+      valid: columns from here on were never written, or None.
+    """
 
-    _fori(0, (num_chunks + chunks - 1) // chunks, piece)
+    def masked(x, axis, offset, layout):
+      if valid is None:
+        return x
+      col = plgpu.broadcasted_iota(_I32, x.shape, axis, layout=layout)
+      # Times their weights, which are 0, they must not be NaN.
+      return jnp.where(col + (start + offset) < valid, x, jnp.zeros((), _BF16))
+
+    if self.plan.batch == 1:
+      row = self.load_row(source.at[0, pl.ds(start, width)], width)
+      layout = plgpu.Layout.WG_STRIDED(
+        (width,), vec_size=math.gcd(8, width // 128)
+      )
+      self.fill_from_row(masked(row, 0, 0, layout), width)
+      return
+    piece = self.piece(width, 1024)
+    layout = _rows_layout(piece)
+
+    def fill(j):
+      rows = self.load_rows(source, start + j * piece, piece)
+      self.x.at[:, pl.ds(j * piece, piece)][...] = masked(
+        rows, 1, j * piece, layout
+      )
+
+    _fori(0, width // piece, fill)
     plgpu.commit_smem()
 
   # ---- matrix phases -----------------------------------------------------
@@ -340,12 +383,12 @@ class _Cta:
           if fill_block is None:
             _fori(begin, stop, lambda j: step(j, j - t * per_tile))
           else:
-            most = self.plan.x_cols // PIECE * (PIECE // CHUNK_COLS)
+            most = self.plan.block_chunks(matmul)
 
             def block(n):
               lower = begin + n * most
               upper = jnp.minimum(stop, lower + most)
-              fill_block((lower - t * per_tile) * CHUNK_COLS, upper - lower)
+              fill_block((lower - t * per_tile) * CHUNK_COLS, most * CHUNK_COLS)
               _fori(lower, upper, lambda j: step(j, j - lower))
 
             _fori(0, (stop - begin + most - 1) // most, block)
@@ -434,7 +477,7 @@ class _Cta:
       ]
       for j in range(2)
     ]
-    self.store_halves((a * cos - b * sin, b * cos + a * sin), targets)
+    self.store_halves(self.halves, (a * cos - b * sin, b * cos + a * sin), targets)
 
   def finish_residual(self, source, target, t):
     x = self.load_rows(source, t * TILE, TILE)
@@ -446,7 +489,8 @@ class _Cta:
   def finish_gate_up(self, t):
     gate, up = self.result_halves()
     target = self.hidden.at[pl.ds(0, self.plan.batch), pl.ds(t * _HALF, _HALF)]
-    self.store_halves([gate * (1 / (1 + jnp.exp(-gate))) * up], [target])
+    y = gate * (1 / (1 + jnp.exp(-gate))) * up
+    self.store_halves(self.narrow_half, [y.astype(_BF16)], [target])
 
   def finish_lm_head(self, t):
     y = self.result()
@@ -515,6 +559,24 @@ class _Cta:
       )
       self.q[...] = q.astype(_BF16)
       plgpu.commit_smem()
+      # The split with the last tile writes the new key and value.
+      @pl.when((end == tiles) & (self.active[b] > 0))
+      def _():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for j, source in enumerate((key_head, value_head)):
+          new = plgpu.load(
+            self.qkv.at[b, pl.ds(source, 8)],
+            layout=_rows_layout(h),
+            optimized=False,
+          )
+          self.new.at[j][...] = new.astype(_BF16)
+        plgpu.commit_smem()
+        for j, cache in enumerate((self.k_cache, self.v_cache)):
+          plgpu.copy_smem_to_gmem(
+            self.new.at[j, pl.ds(0, 1)],
+            cache.at[layer, b, head, pl.ds(position, 1)],
+          )
+
       wgmma_layout = plgpu.Layout.WGMMA
 
       def step(t, carry):
@@ -637,36 +699,18 @@ class _Cta:
         )
         for n in range(halves):
           out = plgpu.load(self.state.at[n], layout=layout, optimized=False)
-          self.staging.at[n][...] = out / l
+          self.narrow.at[n][...] = (out / l).astype(_BF16)
         plgpu.commit_smem()
         for n in range(halves):
           for query in range(g.group):
             plgpu.copy_smem_to_gmem(
-              self.staging.at[n, pl.ds(query, 1)],
+              self.narrow.at[n, pl.ds(query, 1)],
               self.attended.at[
                 pl.ds(b, 1),
                 pl.ds((head * g.group + query) * h + n * TILE, TILE),
               ],
             )
         self.publish(ATTENTION)
-
-      # The split with the last tile writes the new key and value.
-      @pl.when((end == tiles) & (self.active[b] > 0))
-      def _():
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for j, source in enumerate((key_head, value_head)):
-          new = plgpu.load(
-            self.qkv.at[b, pl.ds(source, 8)],
-            layout=_rows_layout(h),
-            optimized=False,
-          )
-          self.new.at[j][...] = new.astype(_BF16)
-        plgpu.commit_smem()
-        for j, cache in enumerate((self.k_cache, self.v_cache)):
-          plgpu.copy_smem_to_gmem(
-            self.new.at[j, pl.ds(0, 1)],
-            cache.at[layer, b, head, pl.ds(position, 1)],
-          )
 
     return i + jnp.maximum(end - first, 0) * halves
 
@@ -745,9 +789,9 @@ class _Cta:
       attention_size = g.num_attention_heads * g.head_dim
       padded = attention_size != g.padded_attention_size
 
-      def fill_o(start, num_chunks):
+      def fill_o(start, width):
         self.fill_plain(
-          self.attended, start, num_chunks, attention_size if padded else None
+          self.attended, start, width, attention_size if padded else None
         )
 
       i = self.matmul(
@@ -771,8 +815,8 @@ class _Cta:
       def wait_hidden():
         self.wait_published(GATE_UP, epoch * s.gate_up.num_owners)
 
-      def fill_down(start, num_chunks):
-        self.fill_plain(self.hidden, start, num_chunks, None)
+      def fill_down(start, width):
+        self.fill_plain(self.hidden, start, width, None)
 
       return self.matmul(
         i,
@@ -884,8 +928,9 @@ def make_step(
     next_ids=((8,), _I32),
     residual=((2, 8, g.padded_hidden_size), _F32),
     qkv=((8, g.num_qkv_heads + 8, g.head_dim), _F32),
-    attended=((8, g.padded_attention_size + PIECE), _F32),
-    hidden=((8, g.padded_intermediate_size + PIECE), _F32),
+    # Filling x may read beyond the last column.
+    attended=((8, g.padded_attention_size + plan.x_cols), _BF16),
+    hidden=((8, g.padded_intermediate_size + plan.x_cols), _BF16),
     candidates=((2, 8, plan.candidate_cols), _F32),
     partial=((p, 8, TILE), _F32),
     parts=((p, halves + 2, 8, TILE), _F32),
@@ -902,7 +947,13 @@ def make_step(
     sums=plgpu.SMEM((8, TILE), _F32),
     staging=plgpu.SMEM((2, 8, TILE), _F32),
     halves=plgpu.SMEM((2, 8, _HALF), _F32),
-    state=plgpu.SMEM((halves + 2, 8, TILE), _F32),
+    narrow_half=plgpu.SMEM((1, 8, _HALF), _BF16),
+    narrow=plgpu.SMEM((halves, 8, TILE), _BF16),
+    # Never both in use.
+    row_or_state=plgpu.RefUnion(
+      plgpu.SMEM((plan.x_cols,), _BF16),
+      plgpu.SMEM((halves + 2, 8, TILE), _F32),
+    ),
     new=plgpu.SMEM((2, 8, g.head_dim), _BF16),
     best=plgpu.SMEM((8, TILE), _F32),
     best_index=plgpu.SMEM((8, TILE), _I32),
@@ -912,17 +963,15 @@ def make_step(
     consumed=plgpu.Barrier(num_barriers=plan.num_slots),
     embedded_produced=plgpu.Barrier(num_arrivals=2),
   )
-  plain = "sums staging halves state new best best_index".split()
-  signal = (
-    mosaic.signal_relaxed
-    if interpret is None
-    else lambda s: plgpu.semaphore_signal(s, memory_scope="gpu")
-  )
+  plain = (
+    "sums staging halves narrow_half narrow state new best best_index"
+  ).split()
 
   def body(*args: Any) -> None:
     refs = dict(zip([*names, *out_types, *scratch], args, strict=True))
     refs["num_layers"] = refs["num_layers"][0]
-    cta = cta_class(plan, signal, refs)
+    refs["row"], refs["state"] = refs.pop("row_or_state")
+    cta = cta_class(plan, refs)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == 1)

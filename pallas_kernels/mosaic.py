@@ -5,7 +5,6 @@ by their public names.
 """
 
 import jax
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MIN_JAX = (0, 11)
@@ -18,30 +17,6 @@ def missing() -> str | None:
     wanted = ".".join(map(str, MIN_JAX))
     return f"it needs JAX {wanted} or later, and this is {jax.__version__}"
   return None
-
-
-def signal_relaxed(semaphore: jax.Array) -> None:
-  """Adds 1 to a semaphore in device memory without a release fence.
-
-  A release fence would wait for every bulk load that this SM has in flight, and
-  so drain the weight stream. The caller must have waited until what it
-  publishes is complete in device memory: `wait_smem_to_gmem(0)`.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-  def signal(context, ref):  # type: ignore[no-untyped-def]
-    del context
-    mgpu_utils.warpgroup_barrier()
-    mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).signal(
-      1,
-      predicate=mgpu_utils.single_thread_predicate(
-        mgpu_utils.ThreadSubset.WARPGROUP
-      ),
-      relaxed=True,
-      memory_scope="gpu",
-    )
-
-  signal(semaphore)
 
 
 def keep_plain(*refs: jax.Array) -> None:

@@ -33,11 +33,10 @@ from pallas_kernels.schedule import (
 EMBED, QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(7)
 
 # Shared memory that a CTA may use on Hopper, less what Mosaic takes itself.
-SMEM_BYTES = 232448 - 4096
+SMEM_BYTES = 232448 - 3072
+_MIN_X_COLS = 512
 # Copies of each CTA's best logit: the smallest bulk store is 16 bytes.
 CANDIDATE = 4
-# Columns that one pass of filling the activations handles.
-PIECE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,17 @@ class Plan:
   @property
   def x_cols(self) -> int:
     """Columns of activations that shared memory holds."""
-    return max(PIECE, self.geometry.padded_hidden_size)
+    return max(_MIN_X_COLS, self.geometry.padded_hidden_size)
+
+  def block_chunks(self, matmul: Matmul) -> int:
+    """Chunks for which activations that are not normed are filled in at once.
+
+    A run is cut evenly into as few blocks as shared memory allows.
+    """
+    most = self.x_cols // CHUNK_COLS
+    longest = min(matmul.run, matmul.chunks_per_tile)
+    num_blocks = -(-longest // most)
+    return -(-longest // num_blocks)
 
   @property
   def candidate_cols(self) -> int:
@@ -83,7 +92,8 @@ class Plan:
   def fixed_smem_bytes(self) -> int:
     """Shared memory beside the ring."""
     state = (self.geometry.head_dim // TILE + 2) * 8 * TILE * 4
-    return 2 * 8 * self.x_cols + state + 20 * 1024
+    row = 2 * self.x_cols
+    return 2 * 8 * self.x_cols + max(row, state) + 22 * 1024
 
   @property
   def num_slots(self) -> int:
