@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
   config = ffjax.preset(_PRESET.value)
   ceiling_gbps = read_ceiling_gbps()
   model = ffjax.random_model(config, seed=0, dtype=_DTYPE.value)
+  if _IMPLEMENTATION.value == "fused":
+    model = ffjax.pack(model)
   rng = np.random.default_rng(0)
   shape = (_BATCH.value, _PROMPT.value)
   token_ids = rng.integers(0, config.vocab_size, shape, np.int32)

@@ -30,7 +30,8 @@ from pallas_kernels.schedule import (
 
 # Phases of a step, in their order: each has a counter of those who published
 # their results. EMBED comes once, before the layers, and LM_HEAD once, after.
-EMBED, QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(7)
+NUM_PHASES = 7
+EMBED, QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(NUM_PHASES)
 
 # Shared memory that a CTA may use on Hopper, less what Mosaic takes itself.
 SMEM_BYTES = 232448 - 3072

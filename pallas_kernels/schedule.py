@@ -23,8 +23,7 @@ from pallas_kernels.geometry import CHUNK_COLS, TILE, Geometry
 # Runs may be this much longer than even ones if fewer tiles are cut for it:
 # memory, not the number of CTAs that pull, is the limit.
 _SLACK = 1.07
-# A KV head's tiles of 64 keys go to several CTAs when each gets at least this
-# many.
+# A KV head's tiles of 64 keys go to one more CTA for each that many.
 MIN_TILES_PER_SPLIT = 4
 
 

@@ -1,0 +1,451 @@
+"""Shows on a Hopper GPU that the fused step is the reference's model.
+
+For every model, in a process of its own and several at once: logits, new keys
+and values against a float32 reference over batches and positions; noise beyond
+the live length; repeated launches bit by bit. Where asked for: long greedy
+runs, and KL and NLL on real text. Prints one table and exits with 1 if a check
+fails.
+
+  python bench/check_fused.py --output=bench/results/h100/check_fused.json
+  python bench/check_fused.py --model=smollm2-135m --check=greedy,text \
+    --checkpoint=checkpoints/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from models import MODELS as _FIVE
+
+import ffjax
+from ffjax import stepping
+from ffjax.cache import KVCache, rounded_capacity
+from ffjax.implementation import resolve
+
+# The other ratios of query to KV heads, 1 and 8, in small models.
+_SMALL = dataclasses.replace(
+  _FIVE["tiny-llama"], hidden_size=512, intermediate_size=1024, head_dim=64
+)
+MODELS = {
+  **_FIVE,
+  "group-1": dataclasses.replace(
+    _SMALL, num_attention_heads=8, num_key_value_heads=8
+  ),
+  "group-8": dataclasses.replace(
+    _SMALL, num_attention_heads=16, num_key_value_heads=2, head_dim=128
+  ),
+}
+_CHECKS = ("steps", "launches", "greedy", "endless", "text")
+
+_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
+_CHECK = flags.DEFINE_list("check", ["steps", "launches"], f"Of {_CHECKS}.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Weights; without it they are random, of true shape."
+)
+_TEXT = flags.DEFINE_string(
+  "text", "checkpoints/tiny_llama/heldout.txt", "What `text` scores."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 2080, "Tokens that `text` scores.")
+_LAUNCHES = flags.DEFINE_integer("launches", 1000, "How many `launches` makes.")
+_JOBS = flags.DEFINE_integer("jobs", 7, "Processes at once.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+_IN_PROCESS = flags.DEFINE_bool("in_process", False, "No further processes.")
+
+# Batch: capacity and the positions of its sequences, one step each.
+_STEPS = {
+  1: (4224, [(p,) for p in (0, 1, 63, 64, 65, 127, 128, 1000, 4095, 4223)]),
+  2: (1088, [(0, 1087), (63, 64)]),
+  3: (4224, [(65, 4095, 4223)]),
+  8: (1088, [(0, 1, 63, 64, 65, 127, 128, 1000)]),
+}
+_MOST_ERROR = 1.5
+_GREEDY_TOKENS = 2000
+_ENDLESS_STEPS = 20_000
+_TEXT_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table.
+
+  Attributes:
+    model: name.
+    check: what was checked.
+    found: the figures.
+    passed: whether they are within bounds.
+  """
+
+  model: str
+  check: str
+  found: str
+  passed: bool
+
+
+@functools.partial(jax.jit, static_argnames=("name",))
+def _step(
+  model: ffjax.Model, token_ids: jax.Array, cache: KVCache, *, name: str
+) -> tuple[jax.Array, KVCache, jax.Array]:
+  """Runs one step of all sequences; the cache given stays as it is."""
+  active = jnp.ones_like(token_ids, bool)
+  out = resolve(name).step(model, token_ids, active, cache)
+  greedy_ids = out.greedy_ids
+  if greedy_ids is None:
+    greedy_ids = jnp.argmax(out.logits, -1)
+  return out.logits, out.cache, greedy_ids
+
+
+def _as_dtype(cache: KVCache, name: str) -> KVCache:
+  if name != "reference_float32":
+    return cache
+  return dataclasses.replace(
+    cache, k=cache.k.astype(jnp.float32), v=cache.v.astype(jnp.float32)
+  )
+
+
+def _random_cache(
+  model: ffjax.Model, capacity: int, positions: tuple[int, ...], beyond: float
+) -> KVCache:
+  """Makes a cache; what is not live has standard deviation `beyond`."""
+  c = model.config
+  batch = len(positions)
+  shape = (
+    c.num_hidden_layers,
+    batch,
+    c.num_key_value_heads,
+    capacity,
+    c.head_dim,
+  )
+  lengths = jnp.asarray(positions, jnp.int32)
+  live = jnp.arange(capacity)[None, :] < lengths[:, None]
+  scale = jnp.where(live, 1.0, beyond).astype(jnp.bfloat16)
+  k, v = (
+    jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+    * scale[None, :, None, :, None]
+    for i in (1, 2)
+  )
+  return KVCache(k=k, v=v, lengths=lengths)
+
+
+def _relative_error(x: jax.Array, y: jax.Array) -> float:
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+
+
+def _new_rows(cache: KVCache) -> jax.Array:
+  """Returns the newest keys and values."""
+  b = jnp.arange(cache.k.shape[1])
+  at = (slice(None), b, slice(None), cache.lengths - 1)
+  return jnp.stack([cache.k[at], cache.v[at]])
+
+
+def check_steps(name: str, model: ffjax.Model) -> list[Row]:
+  """Compares single steps with the float32 reference, and noise with none."""
+  rows = []
+  for batch, (capacity, cases) in _STEPS.items():
+    worst = dict(logits=0.0, kv=0.0)
+    error, ours, unchanged, greedy = 0.0, 0.0, True, True
+    for positions in cases:
+      ids = jax.random.randint(
+        jax.random.key(3), (batch,), 0, model.config.vocab_size
+      )
+      cache = _random_cache(model, capacity, positions, 1.0)
+      outs = {
+        implementation: _step(
+          model, ids, _as_dtype(cache, implementation), name=implementation
+        )
+        for implementation in ("reference_float32", "reference", "fused")
+      }
+      exact, bf16, fused = outs.values()
+      for what, part in (
+        ("logits", lambda out: out[0]),
+        ("kv", lambda out: _new_rows(out[1])),
+      ):
+        theirs = _relative_error(part(bf16), part(exact))
+        mine = _relative_error(part(fused), part(exact))
+        worst[what] = max(worst[what], mine / theirs)
+        if what == "logits":
+          error, ours = max(error, theirs), max(ours, mine)
+      greedy &= bool((fused[2] == jnp.argmax(fused[0], -1)).all())
+      noisy = _random_cache(model, capacity, positions, 100.0)
+      again = _step(model, ids, noisy, name="fused")
+      unchanged &= bool((again[0] == fused[0]).all())
+      unchanged &= bool((_new_rows(again[1]) == _new_rows(fused[1])).all())
+      # Nothing but the new rows has been written.
+      for before, after in ((noisy.k, again[1].k), (noisy.v, again[1].v)):
+        b = jnp.arange(batch)
+        at = (slice(None), b, slice(None), noisy.lengths)
+        unchanged &= bool((after.at[at].set(before[at]) == before).all())
+    rows.append(
+      Row(
+        name,
+        f"batch {batch}, {len(cases)} x positions {cases[-1]}",
+        f"logits error {ours:.4f} (bf16 reference {error:.4f}), worst ratio"
+        f" {worst['logits']:.2f}, keys and values {worst['kv']:.2f}",
+        max(worst.values()) <= _MOST_ERROR,
+      )
+    )
+    rows.append(
+      Row(
+        name,
+        f"batch {batch}, noise of 100 beyond the live length",
+        "no bit changes" if unchanged else "BITS CHANGE",
+        unchanged and greedy,
+      )
+    )
+  return rows
+
+
+def check_launches(name: str, model: ffjax.Model) -> list[Row]:
+  """Repeats one step and compares bits."""
+  rows = []
+  for batch in (1, 8):
+    positions = (1000, *range(1, batch))
+    cache = _random_cache(model, 1088, positions, 1.0)
+    ids = jnp.arange(batch, dtype=jnp.int32)
+    first = _step(model, ids, cache, name="fused")
+    differing = jnp.zeros((), jnp.int32)
+    for _ in range(_LAUNCHES.value):
+      again = _step(model, ids, cache, name="fused")
+      same = (again[0] == first[0]).all()
+      differing += ~(same & (_new_rows(again[1]) == _new_rows(first[1])).all())
+    rows.append(
+      Row(
+        name,
+        f"batch {batch}, {_LAUNCHES.value} launches of one step",
+        f"{int(differing)} differ in a bit",
+        int(differing) == 0,
+      )
+    )
+  return rows
+
+
+def _continue(
+  model: ffjax.Model, prompt: np.ndarray, num_tokens: int, name: str
+) -> np.ndarray:
+  """Returns a prompt and its greedy continuation, eos or not."""
+  state = stepping.prefill(
+    model,
+    prompt[None],
+    np.asarray([len(prompt)], np.int32),
+    capacity=rounded_capacity(len(prompt) + num_tokens),
+    implementation=name,
+    stop_on_eos=False,
+  )
+  first = np.asarray(state.token_ids)
+  state, rest = stepping.decode_steps(
+    model,
+    state,
+    num_tokens - 1,
+    max_steps=num_tokens - 1,
+    implementation=name,
+    stop_on_eos=False,
+  )
+  return np.concatenate([prompt, first, np.asarray(rest)[0]])
+
+
+def _prompt(model: ffjax.Model, num_tokens: int) -> np.ndarray:
+  text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")
+  if model.tokenizer is not None:
+    ids = model.tokenizer.encode(text[: 8 * num_tokens])
+    return np.asarray(ids[:num_tokens], np.int32)
+  rng = np.random.default_rng(0)
+  return rng.integers(0, model.config.vocab_size, num_tokens, np.int32)
+
+
+def check_greedy(name: str, model: ffjax.Model) -> list[Row]:
+  """Compares long greedy continuations with the reference's."""
+  prompt = _prompt(model, 32)
+  begin = time.perf_counter()
+  ours = _continue(model, prompt, _GREEDY_TOKENS, "fused")
+  theirs = _continue(model, prompt, _GREEDY_TOKENS, "reference")
+  seconds = time.perf_counter() - begin
+  valid = bool(((ours >= 0) & (ours < model.config.vocab_size)).all())
+  what = f"{_GREEDY_TOKENS} greedy tokens ({seconds:.0f} s)"
+  differs = np.flatnonzero(ours != theirs)
+  if not len(differs):
+    return [Row(name, what, "the reference's tokens", valid)]
+  # What both say of the common tokens before they part.
+  at = int(differs[0])
+  capacity = rounded_capacity(at)
+  cache = KVCache.create(model.config, 1, capacity, jnp.bfloat16)
+  _, cache = stepping.forward(
+    model, ours[None, : at - 1], jnp.asarray([at - 1]), cache
+  )
+  newest = jnp.asarray(ours[at - 1 : at])
+  exact, bf16, fused = (
+    np.asarray(_step(model, newest, _as_dtype(cache, n), name=n)[0][0])
+    for n in ("reference_float32", "reference", "fused")
+  )
+  margin = float(bf16[theirs[at]] - np.delete(bf16, theirs[at]).max())
+  noise = float(np.abs(bf16 - exact).max() + np.abs(fused - exact).max())
+  found = (
+    f"parts after {at - len(prompt)}, where the reference's top-2 margin is"
+    f" {margin:.4f} and rounding {noise:.4f}"
+  )
+  return [Row(name, what, found, valid and margin <= noise)]
+
+
+def check_endless(name: str, model: ffjax.Model) -> list[Row]:
+  """Runs many steps, which must end."""
+  begin = time.perf_counter()
+  ids = _continue(model, _prompt(model, 32), _ENDLESS_STEPS + 1, "fused")
+  seconds = time.perf_counter() - begin
+  valid = bool(((ids >= 0) & (ids < model.config.vocab_size)).all())
+  return [Row(name, f"{_ENDLESS_STEPS} steps", f"end ({seconds:.0f} s)", valid)]
+
+
+@functools.partial(jax.jit, static_argnames=("name",))
+def _teacher_forced(
+  model: ffjax.Model, token_ids: jax.Array, cache: KVCache, *, name: str
+) -> jax.Array:
+  """Returns log probabilities `[T, B, V]` of steps over `[B, T]`."""
+
+  def step(cache: KVCache, ids: jax.Array) -> tuple[KVCache, jax.Array]:
+    active = jnp.ones_like(ids, bool)
+    out = resolve(name).step(model, ids, active, cache)
+    return out.cache, jax.nn.log_softmax(out.logits, -1)
+
+  return jax.lax.scan(step, cache, token_ids.T)[1]
+
+
+def check_text(name: str, model: ffjax.Model) -> list[Row]:
+  """Compares KL and NLL on text, token by token, with those of bf16."""
+  ids = _prompt(model, _TOKENS.value).reshape(_TEXT_BATCH, -1)
+  capacity = rounded_capacity(ids.shape[1])
+  logs = {}
+  for implementation in ("reference_float32", "reference", "fused"):
+    cache = KVCache.create(model.config, _TEXT_BATCH, capacity, jnp.bfloat16)
+    logs[implementation] = _teacher_forced(
+      model,
+      jnp.asarray(ids),
+      _as_dtype(cache, implementation),
+      name=implementation,
+    )[:-1]
+  exact = logs["reference_float32"]
+  targets = jnp.asarray(ids.T[1:])[..., None]
+
+  def nll(x: jax.Array) -> np.ndarray:
+    return -np.asarray(jnp.take_along_axis(x, targets, -1)).ravel()
+
+  rows = []
+  baseline = nll(exact)
+  found = {}
+  for implementation in ("reference", "fused"):
+    x = logs[implementation]
+    kl = jnp.sum(jnp.exp(exact) * (exact - x), -1)
+    found[implementation] = {
+      "KL": np.asarray(kl).ravel(),
+      "absolute dNLL": np.abs(nll(x) - baseline),
+    }
+  rng = np.random.default_rng(0)
+  for what in ("KL", "absolute dNLL"):
+    theirs, ours = found["reference"][what], found["fused"][what]
+    picks = rng.integers(0, len(ours), (2000, len(ours)))
+    excess = (ours - theirs)[picks].mean(1)
+    low, high = np.quantile(excess, [0.025, 0.975])
+    rows.append(
+      Row(
+        name,
+        f"mean {what} to float32 over"
+        f" {len(ours)} tokens of text (NLL {baseline.mean():.4f})",
+        f"{ours.mean():.3e} (bf16 reference {theirs.mean():.3e}; excess"
+        f" {low:.1e} to {high:.1e})",
+        bool(low <= 0),
+      )
+    )
+  return rows
+
+
+_RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
+  steps=check_steps,
+  launches=check_launches,
+  greedy=check_greedy,
+  endless=check_endless,
+  text=check_text,
+)
+
+
+def _run_model(name: str) -> list[Row]:
+  if _CHECKPOINT.value is None:
+    model = ffjax.random_model(MODELS[name], seed=0)
+  else:
+    model = ffjax.load(_CHECKPOINT.value, dtype="bfloat16")
+  model = ffjax.pack(model)
+  rows = []
+  for check in _CHECK.value:
+    rows += _RUN[check](name, model)
+  return rows
+
+
+def _run_in_process(name: str) -> list[Row]:
+  """Runs one model in a process of its own."""
+  with tempfile.TemporaryDirectory() as folder:
+    output = pathlib.Path(folder) / "rows.json"
+    command = [
+      *(sys.executable, __file__, "--in_process", f"--model={name}"),
+      *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
+      *(f"--tokens={_TOKENS.value}", f"--output={output}"),
+    ]
+    if _CHECKPOINT.value is not None:
+      command.append(f"--checkpoint={_CHECKPOINT.value}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not output.exists():
+      reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
+      return [Row(name, "all", f"FAILED: {reason[0][:300]}", False)]
+    found = json.loads(output.read_text(encoding="utf-8"))
+  return [Row(**row) for row in found["rows"]]
+
+
+def _table(rows: list[Row]) -> str:
+  lines = ["| model | check | found | |", "|---|---|---|---|"]
+  lines += [
+    f"| {r.model} | {r.check} | {r.found} | {'ok' if r.passed else 'FAILS'} |"
+    for r in rows
+  ]
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the checks, prints the table, writes the file."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  unknown = set(_CHECK.value) - set(_CHECKS)
+  if unknown:
+    raise app.UsageError(f"--check: {sorted(unknown)} are not of {_CHECKS}")
+  if _IN_PROCESS.value:
+    rows = [row for name in _MODEL.value for row in _run_model(name)]
+  else:
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+      rows = sum(pool.map(_run_in_process, _MODEL.value), [])
+  print(_table(rows))
+  if _OUTPUT.value is not None:
+    result: dict[str, Any] = dict(
+      date=datetime.date.today().isoformat(),
+      device=jax.devices()[0].device_kind,
+      jax=jax.__version__,
+      ffjax=ffjax.__version__,
+      weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
+      rows=[dataclasses.asdict(row) for row in rows],
+    )
+    path = pathlib.Path(_OUTPUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  if not all(row.passed for row in rows):
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  app.run(main)

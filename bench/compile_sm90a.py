@@ -1,0 +1,86 @@
+"""Compiles the fused step for H100 without one: registers, spills, memory.
+
+Prints one line per model and batch. Fails if registers spill: a spilled byte is
+memory traffic of every thread. It needs JAX's CUDA plugin and ptxas, no GPU;
+about 15 s a line.
+
+  python bench/compile_sm90a.py --model=llama-3.2-1b --batch=1 --capacity=4096
+"""
+
+import sys
+
+import jax
+from absl import app, flags
+
+from ffjax.config import LlamaConfig
+from ffjax.packed import geometry_of
+from ffjax.presets import PRESETS
+from pallas_kernels import aot
+from pallas_kernels.plan import make_plan
+
+MODELS = {
+  "llama-3.2-1b": PRESETS["llama-3.2-1b"],
+  "llama-3.2-3b": PRESETS["llama-3.2-3b"],
+  "llama-3.1-8b": PRESETS["llama-3.1-8b"],
+  # HuggingFaceTB/SmolLM2-135M.
+  "smollm2-135m": LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+  ),
+  # checkpoints/tiny_llama.
+  "tiny-llama": LlamaConfig(
+    vocab_size=384,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+  ),
+}
+
+_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
+_BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
+_CAPACITY = flags.DEFINE_integer("capacity", 4096, "Slots of the cache.")
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command line."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  # The compiler runs on the CPU; where there is a GPU, it is left alone.
+  jax.config.update("jax_platforms", "cpu")
+  reason = aot.missing()
+  if reason is not None:
+    sys.exit(f"cannot compile: {reason}")
+  spilled = False
+  for model in _MODEL.value:
+    for batch in _BATCH.value:
+      geometry = geometry_of(MODELS[model])
+      plan = make_plan(geometry, batch, _CAPACITY.value, aot.NUM_SMS)
+      report = aot.compile_step(plan)
+      spilled |= report.spills
+      print(
+        f"{model} batch {batch} capacity {_CAPACITY.value}: "
+        f"{report.registers} registers, "
+        f"{report.spill_store_bytes} + {report.spill_load_bytes} bytes spilled, "
+        f"{report.stack_bytes} bytes of stack, "
+        f"{report.smem_bytes} bytes of shared memory, "
+        f"compiled in {report.compile_s:.1f} s",
+        flush=True,
+      )
+  if spilled:
+    sys.exit("registers spill")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,56 @@
+"""Types, register layouts and loops that all parts of the kernel use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import TILE
+
+F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
+HALF = TILE // 2
+
+# A Python integer or a traced int32 scalar.
+Index = Any
+# A `jax.Ref` in device or shared memory, or a view of one.
+Ref = Any
+
+# How `wgmma` wants its operands in shared memory.
+SWIZZLED = (
+  plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
+  plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+)
+
+
+def rows_layout(cols: int) -> Any:
+  """Returns the layout of `[8, cols]` arrays, a row per sequence.
+
+  Two rows per warp, 16 lanes across one: half a warp then covers 128 bytes of a
+  bfloat16 row, in which no two lanes of a swizzled store conflict.
+  """
+  width = min(cols, TILE)
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((8, width), (2, width), (width // 16,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+  )
+
+
+def repeat_rows(
+  row: jax.Array, shape: tuple[int, int], layout: Any
+) -> jax.Array:
+  """Repeats `[cols]` as each row of `[rows, cols]`."""
+  return plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), layout)
+
+
+def fori(lower: Index, upper: Index, body: Callable[[Index], None]) -> None:
+  """Loops without a carry."""
+
+  def step(i: jax.Array, _: None) -> None:
+    body(i)
+
+  lax.fori_loop(lower, upper, step, None)

@@ -1,0 +1,115 @@
+"""The stream of weights, keys and values through the ring of slots.
+
+The memory warpgroup fills slots in the order in which the compute warpgroup
+uses them, across phases and layers, bounded only by free slots.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.cta import CtaBase
+from pallas_kernels.geometry import CHUNK_ROWS, TILE
+from pallas_kernels.layouts import I32, Index, Ref, fori
+from pallas_kernels.schedule import Matmul, split_of
+
+
+class Stream(CtaBase):
+  """Both ends of the ring."""
+
+  def acquire(self, i: Index) -> Index:
+    """Waits for the slot of the stream's chunk i and returns it."""
+    slot = lax.rem(i, I32(self.plan.num_slots))
+
+    # A slot is free again once the compute warpgroup has arrived for the
+    # chunk that was in it before.
+    @pl.when(i >= self.plan.num_slots)
+    def _() -> None:
+      plgpu.barrier_wait(self.consumed.at[slot])
+
+    return slot
+
+  def load_halves(self, i: Index, upper: Ref, lower: Ref) -> Index:
+    """Loads two `[64, 64]` into the next slot; returns the next index."""
+    slot = self.acquire(i)
+    half = CHUNK_ROWS // 2
+    for j, source in enumerate((upper, lower)):
+      plgpu.copy_gmem_to_smem(
+        source,
+        self.ring.at[slot, pl.ds(j * half, half)],
+        self.produced.at[slot],
+      )
+    return i + 1
+
+  def stream_weights(self, i: Index, packed: Ref, matmul: Matmul) -> Index:
+    """Streams this CTA's run of `[P, n, 128, 64]`."""
+    _, count, _ = self.runs[matmul.name]
+    half = CHUNK_ROWS // 2
+
+    def step(j: Index, i: Index) -> Index:
+      chunk = packed.at[self.cta, j]
+      return self.load_halves(
+        i, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)]
+      )
+
+    return lax.fori_loop(0, count, step, i)
+
+  def stream_keys_and_values(self, i: Index, layer: Index) -> Index:
+    """Streams the tiles of keys and values that this CTA attends to.
+
+    A slot holds 64 keys and their values, or with wide heads one of both.
+    """
+    g = self.geometry
+
+    def item_tiles(item: Index, i: Index) -> Index:
+      b, head, split = self.item(item)
+      first, end, _, _ = split_of(self.positions[b], split, self.plan.splits)
+
+      def tile(t: Index, i: Index) -> Index:
+        k, v = (
+          cache.at[layer, b, head, pl.ds(t * TILE, TILE)]
+          for cache in (self.k_cache, self.v_cache)
+        )
+        if g.head_dim == TILE:
+          return self.load_halves(i, k, v)
+        for x in (k, v):
+          i = self.load_halves(
+            i, x.at[:, pl.ds(0, TILE)], x.at[:, pl.ds(TILE, TILE)]
+          )
+        return i
+
+      return lax.fori_loop(first, jnp.maximum(first, end), tile, i)
+
+    return self.for_items(item_tiles, i)
+
+  def produce(self) -> None:
+    """Streams everything that the step reads, in the order of its use."""
+    plan, s = self.plan, self.plan.schedule
+
+    def layer_stream(layer: Index, i: Index) -> Index:
+      i = self.stream_weights(i, self.w_qkv.at[layer], s.qkv)
+      i = self.stream_keys_and_values(i, layer)
+      i = self.stream_weights(i, self.w_o.at[layer], s.o)
+      i = self.stream_weights(i, self.w_gate_up.at[layer], s.gate_up)
+      return self.stream_weights(i, self.w_down.at[layer], s.down)
+
+    i = lax.fori_loop(0, self.num_layers, layer_stream, I32(0))
+    i = self.stream_weights(i, self.w_lm_head, s.lm_head)
+
+    # Every completion of a barrier must be awaited.
+    def drain(j: Index) -> None:
+      plgpu.barrier_wait(self.consumed.at[lax.rem(j, I32(plan.num_slots))])
+
+    fori(jnp.maximum(i - plan.num_slots, 0), i, drain)
+
+  def consume(self, i: Index, use: Callable[[Ref], None]) -> Index:
+    """Hands the stream's chunk i to `use`, then frees its slot."""
+    slot = lax.rem(i, I32(self.plan.num_slots))
+    # Both halves of the chunk have arrived.
+    plgpu.barrier_wait(self.produced.at[slot])
+    use(self.ring.at[slot])
+    plgpu.barrier_arrive(self.consumed.at[slot])
+    return i + 1

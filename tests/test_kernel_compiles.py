@@ -1,0 +1,100 @@
+"""Tests that the kernel compiles for Hopper; they need no GPU."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels.geometry import Geometry
+from pallas_kernels.plan import make_plan
+
+aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
+
+if aot.missing():
+  pytest.skip(aot.missing(), allow_module_level=True)
+
+_COMMAND = pathlib.Path(__file__).parents[1] / "bench" / "compile_sm90a.py"
+_MODELS = (
+  "llama-3.2-1b",
+  "llama-3.2-3b",
+  "llama-3.1-8b",
+  "smollm2-135m",
+  "tiny-llama",
+)
+
+
+def _run(*args):
+  return subprocess.run(
+    [sys.executable, _COMMAND, *args],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize("model", _MODELS)
+def test_no_register_spills(model):
+  done = _run(f"--model={model}", "--batch=1", "--batch=8", "--capacity=4096")
+  print(done.stdout)
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) == 2
+  assert all(" 0 + 0 bytes spilled" in line for line in lines)
+
+
+def test_all_models_of_the_command_are_tested():
+  done = _run("--model=none")
+  assert all(model in done.stderr for model in _MODELS)
+  assert done.stderr.count("|") == len(_MODELS) - 1
+
+
+def _plan(num_layers):
+  geometry = Geometry(
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=num_layers,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=384,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+  )
+  return make_plan(geometry, 1, 1024, aot.NUM_SMS)
+
+
+def test_compile_time_does_not_grow_with_layers():
+  few, many = (aot.compile_step(_plan(n)) for n in (2, 32))
+  # Layers are a loop, not copies of the code: ten times as many, and machines
+  # that are busy with other things now and then.
+  assert many.compile_s < 3 * few.compile_s
+  assert many.registers == few.registers
+
+
+def test_spills_are_seen(tmp_path):
+  (tmp_path / "body_0.resources.txt").write_text(
+    "Resources(smem_scratch_bytes=1024, barrier_counts=Counter({"
+    "Barrier(arrival_count=2, num_barriers=10, orders_tensor_core=False): 2,"
+    " Barrier(arrival_count=1, num_barriers=3, orders_tensor_core=False): 1}))"
+  )
+  (tmp_path / "body_0.ptxas").write_text(
+    "ptxas info    : Function properties for body\n"
+    "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+    "ptxas info    : Used 255 registers, used 1 barriers\n"
+  )
+  report = aot._report(tmp_path, 1.5)
+  assert report == aot.Report(
+    registers=255,
+    spill_store_bytes=8,
+    spill_load_bytes=4,
+    stack_bytes=16,
+    smem_bytes=1024 + 8 * 23,
+    compile_s=1.5,
+  )
+  assert report.spills
+
+
+def test_nothing_to_report_is_an_error():
+  with pytest.raises(RuntimeError, match="found 0"):
+    aot.compile_for_hopper(lambda x: x, ((8,), "float32"))

@@ -1,0 +1,193 @@
+"""Tests of the kernel itself on a CPU, in Pallas' interpreter.
+
+The whole body runs: stream, barriers, counters, every phase. What it gives is
+compared with the same step in plain `jnp`, from weights that were never packed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import interpreter
+
+if interpreter.missing():
+  pytest.skip(interpreter.missing(), allow_module_level=True)
+
+from interpreted_step import (
+  TINY,
+  WIDE,
+  Case,
+  assert_close,
+  check,
+  interpret,
+  make_step,
+  reference,
+)
+
+from pallas_kernels import kernel
+
+_F32, _BF16 = jnp.float32, jnp.bfloat16
+
+_ONE = Case(TINY, 1, 128, (70,))
+_FOUR = Case(TINY, 4, 128, (70,))
+_CASES = {
+  "one CTA": _ONE,
+  "four CTAs": _FOUR,
+  "first token": Case(TINY, 4, 128, (0,)),
+  "two sequences": Case(TINY, 4, 128, (64, 127), (True, True)),
+  "an idle sequence": Case(TINY, 2, 128, (0, 100), (False, True)),
+  "wide heads, cut tiles": Case(WIDE, 3, 64, (40,)),
+  "wide heads, two sequences": Case(WIDE, 3, 128, (3, 90), (True, True)),
+  "keys of a head split": Case(TINY, 4, 512, (500,)),
+}
+
+
+@pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
+def test_step_equals_plain_jnp(case):
+  check(case)
+
+
+def test_what_lies_beyond_the_position_is_never_used():
+  # Anything finite, that is: the tile of values is multiplied with zeros there.
+  s = make_step(_FOUR)
+  largest = jnp.finfo(_BF16).max
+  beyond = jnp.arange(_FOUR.capacity) >= _FOUR.positions[0]
+  for name in ("k_cache", "v_cache"):
+    cache = getattr(s, name)
+    noise = jnp.where(
+      beyond[None, None, None, :, None], jnp.full_like(cache, largest), cache
+    )
+    setattr(s, name, noise)
+  (logits, *_), _ = interpret(_FOUR, s, detect_races=False)
+  assert_close(logits, np.asarray(reference(_FOUR, s)[0]))
+
+
+class _DoesNotWait(kernel._Cta):
+  def wait_published(self, phase, count):
+    pass
+
+
+class _PublishesTooEarly(kernel._Cta):
+  def signal(self, semaphore):
+    # The stores have read their source, but may not have arrived.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
+
+
+class _DoesNotWaitForParts(kernel._Cta):
+  def wait_joined(self, phase, count):
+    pass
+
+
+@pytest.mark.parametrize(
+  ("cta_class", "case"),
+  [
+    (_DoesNotWait, _FOUR),
+    (_PublishesTooEarly, _FOUR),
+    (_DoesNotWaitForParts, _CASES["wide heads, cut tiles"]),
+  ],
+)
+def test_missing_synchronisation_is_found(cta_class, case):
+  _, races = interpret(case, make_step(case), cta_class=cta_class)
+  assert races
+
+
+# ---- the extension of the interpreter itself -------------------------------
+
+
+def _two_ctas(body, **kwargs):
+  """Runs `body(cta, semaphores, out)` on two CTAs; returns `[2, 128]`."""
+  interpreter.install()
+  interpreter.reset()
+
+  def whole(out):
+    semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((2, 3)))
+    body(lax.axis_index("cta"), semaphores, out)
+
+  run = plgpu.kernel(
+    whole,
+    out_type=jax.ShapeDtypeStruct((2, 128), _F32),
+    cluster=(2,),
+    cluster_names=("cta",),
+    interpret=interpreter.interpret_params(detect_races=True),
+  )
+  return np.asarray(jax.jit(run)())
+
+
+def _write(out, row, value):
+  out.at[row][...] = jnp.full((128,), value, _F32)
+
+
+def test_semaphores_order_what_they_should():
+  def body(cta, semaphores, out):
+    @pl.when(cta == 0)
+    def _():
+      _write(out, 0, 1.0)
+      plgpu.semaphore_signal(semaphores.at[1, cta + 2])
+
+    @pl.when(cta == 1)
+    def _():
+      plgpu.semaphore_wait(semaphores.at[1, cta + 1], decrement=False)
+      out.at[1][...] = out.at[0][...] + jnp.full((128,), 1, _F32)
+
+  for _ in range(2):  # They start at zero again.
+    out = _two_ctas(body)
+    np.testing.assert_array_equal(out[:, 0], [1, 2])
+    assert not interpreter.races_found()
+
+
+def test_semaphores_order_no_more_than_was_awaited():
+  def body(cta, semaphores, out):
+    @pl.when(cta == 0)
+    def _():
+      plgpu.semaphore_signal(semaphores.at[0, 0])
+      _write(out, 0, 1.0)
+      plgpu.semaphore_signal(semaphores.at[0, 0])
+      plgpu.semaphore_signal(semaphores.at[0, 1])
+
+    @pl.when(cta == 1)
+    def _():
+      # By now the counter is at 2, but only this run knows that.
+      plgpu.semaphore_wait(semaphores.at[0, 0], 1, decrement=False)
+      out.at[1][...] = out.at[0][...]
+
+  _two_ctas(body)
+  assert interpreter.races_found()
+
+
+def test_a_deadlock_is_an_error(monkeypatch):
+  monkeypatch.setattr(interpreter, "DEADLOCK_S", 1.0)
+
+  def body(cta, semaphores, out):
+    _write(out, cta, 1.0)
+    plgpu.semaphore_signal(semaphores.at[1, 2])
+    plgpu.semaphore_wait(semaphores.at[1, 2], 3, decrement=False)
+
+  with pytest.raises(Exception, match=r"semaphore \d+\[1, 2\] is at 2 .* 3"):
+    _two_ctas(body)
+  interpreter.reset()
+
+
+class _NeverFrees(kernel._Cta):
+  def consume(self, i, use):
+    # One slot is never given back, and the stream waits for it.
+    slot = lax.rem(i, jnp.int32(self.plan.num_slots))
+    plgpu.barrier_wait(self.produced.at[slot])
+    use(self.ring.at[slot])
+
+    @pl.when(i > 0)
+    def _():
+      plgpu.barrier_arrive(self.consumed.at[slot])
+
+    return i + 1
+
+
+def test_a_deadlock_at_a_barrier_is_an_error(monkeypatch):
+  monkeypatch.setattr(interpreter, "DEADLOCK_S", 1.0)
+  with pytest.raises(Exception, match="deadlock: Barrier"):
+    interpret(_ONE, make_step(_ONE), cta_class=_NeverFrees)
+  interpreter.reset()
