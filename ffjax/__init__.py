@@ -9,6 +9,7 @@ from ffjax.errors import (
   RequestError,
   TokenizerError,
 )
+from ffjax.packing import pack, unpack
 from ffjax.params import Model, random_model
 from ffjax.presets import preset
 from ffjax.version import __version__
@@ -24,7 +25,9 @@ __all__ = [
   "TokenizerError",
   "__version__",
   "load",
+  "pack",
   "preset",
   "random_model",
   "save",
+  "unpack",
 ]

@@ -26,6 +26,7 @@ from ffjax import (
   gguf_file,
   gguf_tokenizer,
   json_file,
+  packing,
   params,
   safetensors_file,
   text,
@@ -84,6 +85,12 @@ class Checkpoint:
   config: LlamaConfig
   tokenizer: text.Tokenizer | None
   entries: list[TensorEntry]
+
+  def matrix_dtypes(self, dtype: Any = None) -> set[np.dtype]:
+    """Returns the dtypes of the matrices of what `load(dtype)` would give."""
+    if dtype is not None:
+      return {params.checked_dtype(dtype)}
+    return {entry.dtype for entry in self.entries if len(entry.shape) == 2}
 
   def load(self, dtype: Any = None, progress: Progress | None = None) -> Model:
     """Reads the weights; arguments, result and errors are those of `load`."""
@@ -348,7 +355,9 @@ def save(
 
 
 def _saved_config(model: Model) -> dict[str, Any]:
-  dtype = _common_dtype(x.dtype for x in jax.tree.leaves(model.params))
+  dtype = _common_dtype(
+    model.leaf_dtype(leaf.path) for leaf in params.leaves(model.config)
+  )
   return {**model.config.to_dict(), "torch_dtype": dtype.name}
 
 
@@ -359,7 +368,6 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 def _save_tensors(
   model: Model, directory: pathlib.Path, max_shard_bytes: int
 ) -> None:
-  flat = flax.traverse_util.flatten_dict(model.params)
   tensors = [
     (name, leaf, layer)
     for leaf in params.leaves(model.config)
@@ -369,8 +377,8 @@ def _save_tensors(
   tensors.sort(key=lambda item: (item[1].stacked, item[2]))
 
   def num_bytes(leaf: Leaf) -> int:
-    array = flat[leaf.path]
-    return array.nbytes // (leaf.shape[0] if leaf.stacked else 1)
+    itemsize = model.leaf_dtype(leaf.path).itemsize
+    return math.prod(leaf.tensor_shape) * itemsize
 
   shards: list[list[tuple[str, Leaf, int]]] = [[]]
   shard_bytes = 0
@@ -388,9 +396,7 @@ def _save_tensors(
     if len(shards) > 1:
       file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
     host = {
-      name: np.asarray(
-        flat[leaf.path][layer] if leaf.stacked else flat[leaf.path]
-      )
+      name: np.asarray(packing.tensor(model, leaf.path, layer))
       for name, leaf, layer in shard
     }
     unfinished = directory / (file_name + ".unfinished")

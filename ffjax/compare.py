@@ -79,7 +79,9 @@ def _step(
   *,
   implementation: str,
 ) -> tuple[jax.Array, KVCache]:
-  return resolve(implementation).step(model, token_ids, active, cache)
+  step = resolve(implementation, model, cache).step
+  out = step(model, token_ids, active, cache)
+  return out.logits, out.cache
 
 
 @jax.jit
@@ -124,7 +126,7 @@ def compare(
   if isinstance(implementations, str) or len(implementations) != 2:
     raise RequestError(f"implementations={implementations!r} must be two names")
   prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=0)
-  baseline, other = (resolve(name) for name in implementations)
+  dtypes = [resolve(name, model).dtype(model) for name in implementations]
   encoded = prompts_lib.encode(model, prompts)
   for i, prompt in enumerate(encoded):
     if len(prompt) < 2:
@@ -133,23 +135,24 @@ def compare(
   token_ids, lengths = prompts_lib.pad(encoded)
   batch = len(encoded)
   capacity = rounded_capacity(int(lengths.max()) + max_new_tokens)
-  caches = []
-  for implementation in (baseline, other):
-    dtype = implementation.dtype(model)
+  names, caches = [], []
+  for name, dtype in zip(implementations, dtypes, strict=True):
     check_fits(model.config, batch, capacity, dtype)
-    caches.append(KVCache.create(model.config, batch, capacity, dtype))
+    cache = KVCache.create(model.config, batch, capacity, dtype)
+    names.append(resolve(name, model, cache).name)
+    caches.append(cache)
 
   rows: list[dict[str, np.ndarray]] = []
   for t in range(int(lengths.max()) - 1):
     active = t < lengths - 1
     logits = []
-    for i, implementation in enumerate((baseline, other)):
+    for i, name in enumerate(names):
       one, caches[i] = _step(
         model,
         token_ids[:, t],
         active,
         caches[i],
-        implementation=implementation.name,
+        implementation=name,
       )
       logits.append(one)
     found = _differences(*logits, token_ids[:, t + 1])
@@ -157,7 +160,7 @@ def compare(
   joined = {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
   caches.clear()
   return Comparison(
-    implementations=(baseline.name, other.name),
+    implementations=(names[0], names[1]),
     num_positions=len(joined["kl"]),
     max_logit_error=float(joined["max_error"].max()),
     relative_logit_error=float(
@@ -168,9 +171,7 @@ def compare(
     mean_abs_delta_nll=float(np.abs(joined["delta_nll"]).mean()),
     mean_delta_nll=float(joined["delta_nll"].mean()),
     baseline_nll=float(joined["baseline_nll"].mean()),
-    divergences=_divergences(
-      model, encoded, capacity, (baseline.name, other.name), max_new_tokens
-    ),
+    divergences=_divergences(model, encoded, capacity, names, max_new_tokens),
   )
 
 
@@ -178,7 +179,7 @@ def _divergences(
   model: Model,
   encoded: Sequence[list[int]],
   capacity: int,
-  names: tuple[str, str],
+  names: Sequence[str],
   max_new_tokens: int,
 ) -> tuple[Divergence | None, ...]:
   if max_new_tokens == 0:
@@ -216,7 +217,8 @@ def _margin(
   model: Model, tokens: list[int], choice: int, capacity: int, name: str
 ) -> float:
   """Returns how far the baseline's choice after `tokens` leads the next."""
-  cache = KVCache.create(model.config, 1, capacity, resolve(name).dtype(model))
+  dtype = resolve(name, model).dtype(model)
+  cache = KVCache.create(model.config, 1, capacity, dtype)
   for token_id in tokens:
     logits, cache = _step(
       model,

@@ -98,13 +98,16 @@ def _checked(
   prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=1)
   if capacity is not None:
     prompts_lib.check_count("capacity", capacity, at_least=1)
-  resolved = resolve(implementation)
+  dtype = resolve(implementation, model).dtype(model)
   encoded = prompts_lib.encode(model, prompts)
   prompts_lib.check_lengths(model.config, encoded, max_new_tokens, capacity)
   if capacity is None:
     capacity = max(map(len, encoded)) + int(max_new_tokens)
   capacity = rounded_capacity(capacity)
-  check_fits(model.config, len(encoded), capacity, resolved.dtype(model))
+  check_fits(model.config, len(encoded), capacity, dtype)
+  shape = (model.config, len(encoded), capacity, dtype)
+  cache = jax.eval_shape(lambda: KVCache.create(*shape))
+  resolved = resolve(implementation, model, cache)
   return _Request(
     prompts=prompts_lib.pad(encoded),
     capacity=capacity,

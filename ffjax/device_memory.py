@@ -16,14 +16,20 @@ def require(num_bytes: int, what: str) -> None:
   Raises:
     RequestError: with both sizes.
   """
-  with jax.ensure_compile_time_eval():  # Under a trace too.
-    (device,) = jnp.zeros(()).devices()
+  device = default_device()
   free = free_bytes(device)
   if free is not None and num_bytes > free:
     raise RequestError(
       f"{what} takes {num_bytes / 2**30:.2f} GiB, but {device} has"
       f" {free / 2**30:.2f} GiB free"
     )
+
+
+def default_device() -> jax.Device:
+  """Returns the device that arrays are made on; under a trace too."""
+  with jax.ensure_compile_time_eval():
+    (device,) = jnp.zeros(()).devices()
+  return device
 
 
 def free_bytes(device: jax.Device) -> int | None:

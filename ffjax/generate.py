@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 from absl import app, flags, logging
 
-from ffjax import checkpoint, decode, implementation
+from ffjax import checkpoint, decode, implementation, packing
 from ffjax import prompts as prompts_lib
 from ffjax.errors import FfjaxError, RequestError
 from ffjax.params import DTYPE_NAMES, Model
@@ -124,7 +124,7 @@ def _timings(
       f"{1e3 * step_s:.2f} ms/token, {1 / step_s:.1f} tokens/s,"
       f" {step_bytes / step_s / 1e9:.1f} GB/s over {num_steps} steps"
     )
-  (device,) = model.params["norm"]["weight"].devices()
+  (device,) = jax.tree.leaves(model.params)[0].devices()
   parts.append(device.device_kind)
   return " | ".join(parts)
 
@@ -138,7 +138,6 @@ def _run() -> None:
     repetition_penalty=_REPETITION_PENALTY.value,
     seed=_SEED.value,
   )
-  implementation.resolve(_IMPLEMENTATION.value)
   prompts_lib.check_count("max_new_tokens", _MAX_NEW_TOKENS.value, at_least=1)
   path = _CHECKPOINT.value
   assert path is not None  # A required flag.
@@ -146,6 +145,7 @@ def _run() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as e:
     raise RequestError(f"JAX finds no device: {e}") from e
+  implementation.resolve(_IMPLEMENTATION.value)
   shown = _prompt_text()
   # All that can be wrong with the request, before the weights are read.
   begin = time.perf_counter()
@@ -155,11 +155,16 @@ def _run() -> None:
     raise RequestError(f"{path}: there is no tokenizer for text")
   prompt = _prompt_ids(shown, tokenizer)
   prompts_lib.check_lengths(opened.config, [prompt], _MAX_NEW_TOKENS.value)
+  pack = implementation.wants_packed(
+    _IMPLEMENTATION.value, opened.config, opened.matrix_dtypes(_DTYPE.value)
+  )
 
   model = opened.load(
     dtype=_DTYPE.value,
     progress=_ProgressBar("loading", sys.stderr),
   )
+  if pack:
+    model = packing.pack(model)
   jax.block_until_ready(model.params)
   loaded = time.perf_counter()
   options: dict[str, Any] = dict(

@@ -3,25 +3,45 @@
 An implementation maps one new token per sequence and the cache to logits and
 the extended cache. All share the cache's layout, so that one can take over
 from another in the middle of a sequence; prompts always go through the
-reference.
+reference. Which one runs depends on nothing that is traced.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ffjax import device_memory, packed, packing, rope
 from ffjax.cache import KVCache
+from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.model import Llama
+from ffjax.packed import PackedParams
 from ffjax.params import Model
+from pallas_kernels import geometry
+from pallas_kernels.plan import make_plan
 
-Step = Callable[
-  [Model, jax.Array, jax.Array, KVCache], tuple[jax.Array, KVCache]
-]
+
+class StepOutput(NamedTuple):
+  """What a step returns; what it says of inactive sequences has no meaning.
+
+  Attributes:
+    logits: `[B, V]` float32.
+    cache: the cache, longer by one token where active.
+    greedy_ids: `[B]` int32, where the largest logits are, the first of equals;
+      None if the step does not look for them.
+  """
+
+  logits: jax.Array
+  cache: KVCache
+  greedy_ids: jax.Array | None = None
+
+
+Step = Callable[[Model, jax.Array, jax.Array, KVCache], StepOutput]
+Missing = Callable[[Model | None, KVCache | None], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +51,16 @@ class Implementation:
   Attributes:
     name: what users pass as `implementation`.
     dtype: dtype of activations and cache for a model.
-    missing: says what this machine lacks to run it, or None if nothing.
-    step: `step(model, token_ids, active, cache)` with token ids `[B]` and
-      `active` `[B]` bool returns float32 logits `[B, V]` and the cache, longer
-      by one token where active; what it says of the other sequences has no
-      meaning.
+    missing: `missing(model, cache)` says what this machine, the model or the
+      cache lacks to run it, or None if nothing. It looks at shapes and dtypes
+      only; None for either leaves that out.
+    step: `step(model, token_ids, active, cache)` with token ids `[B]` int32
+      and `active` `[B]` bool.
   """
 
   name: str
   dtype: Callable[[Model], np.dtype]
-  missing: Callable[[], str | None]
+  missing: Missing
   step: Step
 
 
@@ -51,6 +71,10 @@ def reference_hidden(
   cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
   """Runs the reference layers in the cache's dtype; see `Llama.__call__`."""
+  if isinstance(model.params, PackedParams):
+    return packed.hidden_states(
+      model.params, model.config, token_ids, num_tokens, cache
+    )
   llama = Llama(model.config, cache.k.dtype)
   variables = {"params": model.params}
   hidden, extended = llama.apply(variables, token_ids, num_tokens, cache)
@@ -59,7 +83,9 @@ def reference_hidden(
 
 
 def reference_logits(model: Model, hidden: jax.Array) -> jax.Array:
-  """Maps hidden states `[B, D]` to float32 logits `[B, V]`."""
+  """Maps hidden states `[..., D]` to float32 logits `[..., V]`."""
+  if isinstance(model.params, PackedParams):
+    return packed.logits(model.params, model.config, hidden)
   llama = Llama(model.config, hidden.dtype)
   logits = llama.apply({"params": model.params}, hidden, method="logits")
   return jnp.asarray(logits)
@@ -67,17 +93,105 @@ def reference_logits(model: Model, hidden: jax.Array) -> jax.Array:
 
 def _reference_step(
   model: Model, token_ids: jax.Array, active: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
+) -> StepOutput:
   hidden, cache = reference_hidden(
     model, token_ids[:, None], active.astype(jnp.int32), cache
   )
-  return reference_logits(model, hidden[:, 0]), cache
+  return StepOutput(reference_logits(model, hidden[:, 0]), cache)
 
 
 def _fused_step(
   model: Model, token_ids: jax.Array, active: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-  raise NotImplementedError  # `resolve` refuses before this.
+) -> StepOutput:
+  # Not above: older versions of JAX lack what it imports.
+  from pallas_kernels import kernel
+
+  params = model.params
+  assert isinstance(params, PackedParams)  # `resolve` has seen to it.
+  _, batch, _, capacity, _ = cache.k.shape
+  plan = make_plan(
+    packed.geometry_of(model.config), batch, capacity, params.num_ctas
+  )
+  cos, sin = rope.cos_sin(model.config, cache.lengths)
+  logits, greedy_ids, k, v = kernel.step(
+    plan,
+    params.operands(),
+    token_ids,
+    cache.lengths,
+    active,
+    cos,
+    sin,
+    cache.k,
+    cache.v,
+  )
+  lengths = cache.lengths + active.astype(jnp.int32)
+  return StepOutput(logits, KVCache(k=k, v=v, lengths=lengths), greedy_ids)
+
+
+def _machine_lacks() -> str | None:
+  """Says what this machine lacks to run the kernel, or None."""
+  device = device_memory.default_device()
+  capability = getattr(device, "compute_capability", None)
+  if device.platform != "gpu" or capability != "9.0":
+    return (
+      "it needs a GPU of compute capability 9.0 (Hopper), and JAX's default"
+      f" device is {device.device_kind}"
+    )
+  try:
+    from pallas_kernels import mosaic
+  except ImportError as e:
+    return f"this JAX, {jax.__version__}, cannot import what it needs: {e}"
+  return mosaic.missing()
+
+
+def _model_lacks(model: Model) -> str | None:
+  """Says why the kernel cannot run a model as it is, or None."""
+  reason = packing.why_not(model.config, model.matrix_dtypes)
+  if reason is not None:
+    return reason
+  if not isinstance(model.params, PackedParams):
+    return "pack the model first: model = ffjax.pack(model)"
+  num_ctas = model.params.num_ctas
+  device = device_memory.default_device()
+  if device.platform == "gpu" and num_ctas > device.core_count:
+    return (
+      f"the model is packed for {num_ctas} CTAs, and {device} has"
+      f" {device.core_count} SMs: unpack it, and pack it here"
+    )
+  return None
+
+
+def _cache_lacks(config: LlamaConfig, cache: KVCache) -> str | None:
+  """Says why the kernel cannot extend a cache, or None."""
+  _, batch, _, capacity, _ = cache.k.shape
+  try:
+    geometry.check(packed.geometry_of(config), batch)
+  except geometry.UnsupportedError as e:
+    return f"the kernel does not take {e}"
+  if capacity % geometry.TILE:
+    return (
+      f"the kernel does not take a cache of capacity {capacity} (it takes"
+      f" multiples of {geometry.TILE})"
+    )
+  if cache.k.dtype != jnp.bfloat16:
+    return (
+      f"the kernel does not take a cache in {cache.k.dtype} (it takes bfloat16)"
+    )
+  return None
+
+
+def _fused_missing(model: Model | None, cache: KVCache | None) -> str | None:
+  reasons = [_machine_lacks()]
+  if model is not None:
+    of_model = _model_lacks(model)
+    reasons.append(of_model)
+    if cache is not None and of_model is None:
+      reasons.append(_cache_lacks(model.config, cache))
+  return "; ".join(reason for reason in reasons if reason is not None) or None
+
+
+def _nothing_missing(model: Model | None, cache: KVCache | None) -> None:
+  del model, cache
 
 
 _IMPLEMENTATIONS = {
@@ -86,20 +200,20 @@ _IMPLEMENTATIONS = {
     Implementation(
       name="reference",
       dtype=lambda model: model.dtype,
-      missing=lambda: None,
+      missing=_nothing_missing,
       step=_reference_step,
     ),
     # The same in float32, whatever the weights: what errors are measured from.
     Implementation(
       name="reference_float32",
       dtype=lambda model: np.dtype(np.float32),
-      missing=lambda: None,
+      missing=_nothing_missing,
       step=_reference_step,
     ),
     Implementation(
       name="fused",
       dtype=lambda model: model.dtype,
-      missing=lambda: "this version of ffjax does not have the kernel yet",
+      missing=_fused_missing,
       step=_fused_step,
     ),
   )
@@ -110,9 +224,15 @@ _PREFERENCE = ("fused", "reference")
 NAMES = ("auto", *_IMPLEMENTATIONS)
 
 
-@functools.cache
-def resolve(name: str) -> Implementation:
+def resolve(
+  name: str, model: Model | None = None, cache: KVCache | None = None
+) -> Implementation:
   """Returns the implementation of that name; `"auto"` is the fastest one.
+
+  Args:
+    name: one of `NAMES`.
+    model: what it will run, or None to ask about the machine only.
+    cache: what it will extend, arrays or only their shapes; None if unknown.
 
   Raises:
     RequestError: if there is none, or if it cannot run here; the message says
@@ -122,13 +242,35 @@ def resolve(name: str) -> Implementation:
     return next(
       _IMPLEMENTATIONS[candidate]
       for candidate in _PREFERENCE
-      if _IMPLEMENTATIONS[candidate].missing() is None
+      if _IMPLEMENTATIONS[candidate].missing(model, cache) is None
     )
   if not isinstance(name, str) or name not in _IMPLEMENTATIONS:
     raise RequestError(
       f"implementation={name!r} does not exist (there are: {', '.join(NAMES)})"
     )
-  missing = _IMPLEMENTATIONS[name].missing()
+  missing = _IMPLEMENTATIONS[name].missing(model, cache)
   if missing is not None:
     raise RequestError(f"implementation={name!r} cannot run: {missing}")
   return _IMPLEMENTATIONS[name]
+
+
+def wants_packed(
+  name: str, config: LlamaConfig, dtypes: Iterable[np.dtype]
+) -> bool:
+  """Returns whether a model that is about to be loaded should be packed.
+
+  Args:
+    name: the implementation that will run it.
+    config: the model's.
+    dtypes: those that its matrices will have.
+
+  Raises:
+    RequestError: if the name is `"fused"`, and it cannot run here or not with
+      such a model.
+  """
+  if resolve(name).name != "fused":
+    return False
+  reason = packing.why_not(config, dtypes)
+  if name == "fused" and reason is not None:
+    raise RequestError(f"implementation={name!r} cannot run: {reason}")
+  return reason is None

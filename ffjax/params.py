@@ -7,6 +7,7 @@ layers, `[L, ...]`.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.traverse_util
@@ -19,6 +20,7 @@ from ffjax import device_memory
 from ffjax import model as model_lib
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
+from ffjax.packed import PackedParams
 from ffjax.text import Tokenizer
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
@@ -32,12 +34,13 @@ class Model:
   static.
 
   Attributes:
-    params: parameter tree, see the module's docstring.
+    params: parameter tree, see the module's docstring; of a model that
+      `ffjax.pack` made, its packed form.
     config: the model's sizes and constants.
     tokenizer: turns text into token ids and back, or None.
   """
 
-  params: model_lib.Params
+  params: model_lib.Params | PackedParams
   config: LlamaConfig = struct.field(pytree_node=False)
   tokenizer: Tokenizer | None = struct.field(pytree_node=False, default=None)
 
@@ -48,23 +51,42 @@ class Model:
     bfloat16 if every matrix is bfloat16, else float32: float16 weights have
     the bits but not the range that activations need.
     """
-    flat = flax.traverse_util.flatten_dict(self.params)
-    matrices = [
-      array
-      for path, array in flat.items()
-      if array.ndim == (3 if path[0] == "layers" else 2)
-    ]
-    if all(array.dtype == jnp.bfloat16 for array in matrices):
+    if self.matrix_dtypes == {np.dtype(jnp.bfloat16)}:
       return np.dtype(jnp.bfloat16)
     return np.dtype(np.float32)
 
+  @property
+  def matrix_dtypes(self) -> frozenset[np.dtype]:
+    """Dtypes of the matrices, which norms and biases do not count among."""
+    if isinstance(self.params, PackedParams):
+      return frozenset({np.dtype(self.params.qkv.dtype)})
+    flat = flax.traverse_util.flatten_dict(self.params)
+    return frozenset(
+      np.dtype(array.dtype)
+      for path, array in flat.items()
+      if array.ndim == (3 if path[0] == "layers" else 2)
+    )
+
+  def leaf_dtype(self, path: tuple[str, ...]) -> np.dtype:
+    """Returns the dtype of a leaf, by its path in the parameter tree."""
+    if not isinstance(self.params, PackedParams):
+      return np.dtype(flax.traverse_util.flatten_dict(self.params)[path].dtype)
+    return self.params.leaf_dtype(path)
+
   def weight_bytes_per_step(self, batch: int = 1) -> int:
-    """Returns the weight bytes that one decode step must read, as stored."""
-    total_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params))
-    embedding = self.params["embed_tokens"]["weight"]
-    if not self.config.tie_word_embeddings:
-      total_bytes -= embedding.nbytes
-    return total_bytes + batch * (embedding.nbytes // embedding.shape[0])
+    """Returns the weight bytes that one decode step must read, as stored.
+
+    What a packed model is padded with does not count.
+    """
+    total_bytes = 0
+    for leaf in leaves(self.config):
+      leaf_bytes = math.prod(leaf.shape) * self.leaf_dtype(leaf.path).itemsize
+      if leaf.path[0] == "embed_tokens":
+        total_bytes += batch * (leaf_bytes // self.config.vocab_size)
+        if not self.config.tie_word_embeddings:
+          continue
+      total_bytes += leaf_bytes
+    return total_bytes
 
   def bytes_per_step(self, batch: int, mean_length: float) -> int:
     """Returns the bytes of weights and cache that a decode step must read.

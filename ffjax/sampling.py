@@ -107,6 +107,7 @@ def choose(
   keys: jax.Array,
   positions: jax.Array,
   seen: jax.Array | None,
+  greedy_ids: jax.Array | None = None,
 ) -> jax.Array:
   """Chooses the next token of each sequence.
 
@@ -117,6 +118,8 @@ def choose(
     positions: `[B]` int32, the position that the token will have; every
       position draws its own random number, however it is reached.
     seen: `[B, V]` bool, tokens so far; needed if `sampling.remembers`.
+    greedy_ids: `[B]` int32, where the largest logits are, the first of equals;
+      None if the implementation did not say.
 
   Returns:
     Token ids `[B]` int32.
@@ -129,6 +132,8 @@ def choose(
     penalty = jnp.asarray(sampling.repetition_penalty, jnp.float32)
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen, penalised, logits)
+  elif sampling.greedy and greedy_ids is not None:
+    return greedy_ids
   if sampling.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / jnp.asarray(sampling.temperature, jnp.float32)

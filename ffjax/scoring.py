@@ -9,7 +9,7 @@ import numpy as np
 
 from ffjax.cache import KVCache
 from ffjax.errors import RequestError
-from ffjax.model import Llama
+from ffjax.implementation import reference_hidden, reference_logits
 from ffjax.params import Model
 
 
@@ -38,12 +38,10 @@ def token_nll(
   # Under x64 NumPy's own integers are 64 bits wide.
   token_ids, lengths = jnp.int32(token_ids), jnp.int32(lengths)
   b, t = token_ids.shape
-  llama = Llama(model.config, dtype)
-  variables = {"params": model.params}
   cache = KVCache.create(model.config, b, t, dtype)
-  hidden, _ = llama.apply(variables, token_ids, lengths, cache)
-  logits = llama.apply(variables, hidden[:, :-1], method="logits")
-  log_probs = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
+  hidden, _ = reference_hidden(model, token_ids, lengths, cache)
+  logits = reference_logits(model, hidden[:, :-1])
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
   targets = token_ids[:, 1:]
   nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
   scored = jnp.arange(1, t, dtype=jnp.int32)[None, :] < lengths[:, None]

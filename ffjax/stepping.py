@@ -151,9 +151,10 @@ def prefill(
   if capacity is not None and capacity < 1:
     raise RequestError(f"capacity={capacity} must be at least 1")
   if capacity is not None:
-    dtype = resolve(implementation).dtype(model)
+    dtype = resolve(implementation, model).dtype(model)
     cache = KVCache.create(config, b, capacity, dtype)
   assert cache is not None
+  resolve(implementation, model, cache)  # Refuses what no step could take.
   logits, cache = forward(model, token_ids, lengths, cache)
   seen = None
   if sampling.remembers:
@@ -178,10 +179,11 @@ def _with_next_token(
   logits: jax.Array,
   sampling: Sampling,
   stop_on_eos: bool,
+  greedy_ids: jax.Array | None = None,
 ) -> DecodeState:
   """Chooses the next token of the sequences that have not finished."""
   lengths, seen = state.cache.lengths, state.seen
-  token_ids = choose(logits, sampling, state.keys, lengths, seen)
+  token_ids = choose(logits, sampling, state.keys, lengths, seen, greedy_ids)
   token_ids = jnp.where(state.finished, state.token_ids, token_ids)
   if seen is not None:
     rows = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
@@ -203,11 +205,12 @@ def _step(
   implementation: str,
   stop_on_eos: bool,
 ) -> DecodeState:
-  logits, cache = resolve(implementation).step(
-    model, state.token_ids, ~state.finished, state.cache
+  step = resolve(implementation, model, state.cache).step
+  out = step(model, state.token_ids, ~state.finished, state.cache)
+  state = dataclasses.replace(state, cache=out.cache)
+  return _with_next_token(
+    model, state, out.logits, sampling, stop_on_eos, out.greedy_ids
   )
-  state = dataclasses.replace(state, cache=cache)
-  return _with_next_token(model, state, logits, sampling, stop_on_eos)
 
 
 @functools.partial(

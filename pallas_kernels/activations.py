@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.cta import CtaBase
 from pallas_kernels.layouts import (
   BF16,
@@ -66,7 +67,7 @@ class Activations(CtaBase):
     By way of a plain row in shared memory: each is then read from device memory
     once and not by every thread that writes one of its eight copies.
     """
-    self.row.at[pl.ds(0, width)][...] = row.astype(BF16)
+    mosaic.store(self.row.at[pl.ds(0, width)], row.astype(BF16))
     plgpu.commit_smem()
     piece = self.piece(width, 1024)
     for start in range(0, width, piece):

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.exchange import Exchange
 from pallas_kernels.geometry import TILE
 from pallas_kernels.layouts import (
@@ -86,8 +87,9 @@ class AttentionPhase(Stream, Exchange):
       # The last stores have been read from `state` and `narrow`.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for n, value in enumerate(state):
-        self.state.at[n].transpose((1, 0))[...] = plgpu.layout_cast(
-          value, plgpu.Layout.WGMMA_TRANSPOSED
+        mosaic.store(
+          self.state.at[n].transpose((1, 0)),
+          plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED),
         )
 
       @pl.when(split > 0)
@@ -185,8 +187,9 @@ class AttentionPhase(Stream, Exchange):
     total = total * shrink + repeat_rows(
       jnp.sum(weights, axis=0), (TILE, 8), _WGMMA
     )
-    self.p.transpose((1, 0))[...] = plgpu.layout_cast(
-      weights.astype(BF16), plgpu.Layout.WGMMA_TRANSPOSED
+    mosaic.store(
+      self.p.transpose((1, 0)),
+      plgpu.layout_cast(weights.astype(BF16), plgpu.Layout.WGMMA_TRANSPOSED),
     )
     plgpu.commit_smem()
 
@@ -222,7 +225,7 @@ class AttentionPhase(Stream, Exchange):
         layout=rows_layout(self.geometry.head_dim),
         optimized=False,
       )
-      self.new.at[j][...] = rows.astype(BF16)
+      mosaic.store(self.new.at[j], rows.astype(BF16))
     plgpu.commit_smem()
     for j, cache in enumerate((self.k_cache, self.v_cache)):
       plgpu.copy_smem_to_gmem(
@@ -242,9 +245,11 @@ class AttentionPhase(Stream, Exchange):
     )
     most = jnp.maximum(ours[0], theirs[0])
     shrink_ours, shrink_theirs = (jnp.exp(x[0] - most) for x in (ours, theirs))
-    self.state.at[0][...] = most
+    mosaic.store(self.state.at[0], most)
     for n in range(1, len(ours)):
-      self.state.at[n][...] = ours[n] * shrink_ours + theirs[n] * shrink_theirs
+      mosaic.store(
+        self.state.at[n], ours[n] * shrink_ours + theirs[n] * shrink_theirs
+      )
 
   def store_attended(self, b: Index, head: Index) -> None:
     """Stores a KV head's result, a row of H for each query of its group."""
@@ -254,7 +259,7 @@ class AttentionPhase(Stream, Exchange):
     total = plgpu.load(self.state.at[1], layout=layout, optimized=False)
     for n in parts:
       out = plgpu.load(self.state.at[2 + n], layout=layout, optimized=False)
-      self.narrow.at[n][...] = (out / total).astype(BF16)
+      mosaic.store(self.narrow.at[n], (out / total).astype(BF16))
     plgpu.commit_smem()
     for n in parts:
       for query in range(g.group):

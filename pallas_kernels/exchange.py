@@ -12,6 +12,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.cta import CtaBase
 from pallas_kernels.layouts import Index, Ref
 
@@ -55,7 +56,7 @@ class Exchange(CtaBase):
 
   def store_tile(self, value: jax.Array, target: Ref) -> None:
     """Stores a `[8, 64]` array to `[B, 64]` in device memory."""
-    self.staging.at[0][...] = value
+    mosaic.store(self.staging.at[0], value)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
       self.staging.at[0, pl.ds(0, self.plan.batch)], target
@@ -66,7 +67,7 @@ class Exchange(CtaBase):
   ) -> None:
     """Stores `[8, 32]` arrays to `[B, 32]` in device memory."""
     for j, value in enumerate(values):
-      buffer.at[j][...] = value
+      mosaic.store(buffer.at[j], value)
     plgpu.commit_smem()
     for j, target in enumerate(targets):
       plgpu.copy_smem_to_gmem(buffer.at[j, pl.ds(0, self.plan.batch)], target)

@@ -87,7 +87,7 @@ class Cta(MatmulPhases, AttentionPhase):
         optimized=False,
       )
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      self.embedded_f32[...] = row.astype(F32)
+      mosaic.store(self.embedded_f32, row.astype(F32))
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(
         self.embedded_f32,
@@ -175,11 +175,12 @@ class Cta(MatmulPhases, AttentionPhase):
     i = lax.fori_loop(0, self.num_layers, layer_step, I32(0))
 
     layout = rows_layout(TILE)
-    self.best[...] = plgpu.layout_cast(
-      jnp.full((8, TILE), -jnp.inf, F32), layout
+    mosaic.store(
+      self.best, plgpu.layout_cast(jnp.full((8, TILE), -jnp.inf, F32), layout)
     )
-    self.best_index[...] = plgpu.layout_cast(
-      jnp.full((8, TILE), g.vocab_size, I32), layout
+    mosaic.store(
+      self.best_index,
+      plgpu.layout_cast(jnp.full((8, TILE), g.vocab_size, I32), layout),
     )
 
     def fill_lm_head() -> None:
@@ -211,7 +212,7 @@ class Cta(MatmulPhases, AttentionPhase):
     # The last logits have been read from the staging buffer.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for j, value in enumerate((top, top_index.astype(F32))):
-      self.staging.at[j][...] = value
+      mosaic.store(self.staging.at[j], value)
     plgpu.commit_smem()
     for j in range(2):
       for b in range(plan.batch):

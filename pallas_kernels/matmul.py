@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.activations import Activations
 from pallas_kernels.exchange import Exchange
 from pallas_kernels.geometry import CHUNK_COLS, TILE
@@ -98,8 +99,9 @@ class MatmulPhases(Stream, Exchange, Activations):
         sums = pl.run_scoped(accumulate, plgpu.ACC((TILE, 8), F32))
         # The last stores have been read from the staging buffers.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.sums.transpose((1, 0))[...] = plgpu.layout_cast(
-          sums, plgpu.Layout.WGMMA_TRANSPOSED
+        mosaic.store(
+          self.sums.transpose((1, 0)),
+          plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED),
         )
         owned = begin == t * per_tile
 
@@ -120,9 +122,11 @@ class MatmulPhases(Stream, Exchange, Activations):
 
             def add(j: Index) -> None:
               layout = rows_layout(TILE)
-              self.sums[...] = plgpu.load(
-                self.sums, layout=layout, optimized=False
-              ) + self.load_rows(self.partial.at[self.cta + 1 + j], 0, TILE)
+              mosaic.store(
+                self.sums,
+                plgpu.load(self.sums, layout=layout, optimized=False)
+                + self.load_rows(self.partial.at[self.cta + 1 + j], 0, TILE),
+              )
 
             fori(0, joins, add)
 
@@ -213,5 +217,5 @@ class MatmulPhases(Stream, Exchange, Activations):
     best_index = plgpu.load(self.best_index, layout=layout, optimized=False)
     # Tiles come in ascending order: the first of equals stays.
     better = y > best
-    self.best[...] = jnp.where(better, y, best)
-    self.best_index[...] = jnp.where(better, index, best_index)
+    mosaic.store(self.best, jnp.where(better, y, best))
+    mosaic.store(self.best_index, jnp.where(better, index, best_index))

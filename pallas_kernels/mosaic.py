@@ -4,6 +4,8 @@ Written against JAX 0.11.2. The rest of the package uses `jax`, `pl` and `plgpu`
 by their public names.
 """
 
+from typing import Any
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -31,3 +33,14 @@ def keep_plain(*refs: jax.Array) -> None:
     del context, refs
 
   use(*refs)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+  """Stores to a shared-memory ref that is not tiled, bank conflicts or not.
+
+  From JAX 0.12 on, an assignment refuses to conflict.
+  """
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value

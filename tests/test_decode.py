@@ -474,11 +474,11 @@ def test_compare_finds_the_first_diverging_token(make_config, monkeypatch):
   broken_at = 5
 
   def wrong_once(model, token_ids, active, kv):
-    logits, kv = right.step(model, token_ids, active, kv)
-    banned = jnp.argmax(logits, axis=-1)
-    wrong = logits.at[jnp.arange(len(banned)), banned].set(-1e9)
-    at = (kv.lengths == broken_at)[:, None]
-    return jnp.where(at, wrong, logits), kv
+    out = right.step(model, token_ids, active, kv)
+    banned = jnp.argmax(out.logits, axis=-1)
+    wrong = out.logits.at[jnp.arange(len(banned)), banned].set(-1e9)
+    at = (out.cache.lengths == broken_at)[:, None]
+    return out._replace(logits=jnp.where(at, wrong, out.logits))
 
   monkeypatch.setitem(
     implementation._IMPLEMENTATIONS,

@@ -1,0 +1,309 @@
+"""Parameters in the order in which the fused kernel streams them.
+
+`ffjax.packing` makes them from the parameter tree and back. The reference
+reads them too, for prompts and for judging the kernel: a layer or a block of
+rows at a time, so that there is never a second copy of the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ffjax.cache import KVCache
+from ffjax.config import LlamaConfig
+from ffjax.model import (
+  DecoderLayer,
+  DType,
+  Embedding,
+  Params,
+  RMSNorm,
+  TokenPlaces,
+)
+from pallas_kernels import packing as chunks_lib
+from pallas_kernels.geometry import (
+  CHUNK_BYTES,
+  CHUNK_COLS,
+  CHUNK_ROWS,
+  TILE,
+  Geometry,
+  round_up,
+)
+from pallas_kernels.schedule import Matmul, make_schedule
+
+Path = tuple[str, ...]
+
+# The rows of `PackedParams.norms` hold these in turn, the first two per layer.
+NORM_PATHS: tuple[Path, ...] = (
+  ("layers", "input_layernorm", "weight"),
+  ("layers", "post_attention_layernorm", "weight"),
+  ("norm", "weight"),
+)
+# The LM head is multiplied in blocks of rows of about this size.
+_BLOCK_BYTES = 32 * 2**20
+
+
+@struct.dataclass
+class PackedParams:
+  """A model's parameters as chunks, see `pallas_kernels.packing`; a pytree.
+
+  L layers, P CTAs, n chunks that each CTA streams of a matrix, D' the width
+  rounded up to whole chunks.
+
+  Attributes:
+    qkv: `[L, P, n, 128, 64]` bfloat16.
+    o: likewise.
+    gate_up: likewise.
+    down: likewise.
+    lm_head: `[P, n, 128, 64]` bfloat16.
+    embedding: likewise, or None if it is the LM head.
+    norms: `[2 L + 1, D']` float32: of each layer before attention and before
+      the MLP, then the final one; zeros beyond D.
+    norm_dtypes: names of the dtypes that the norms had, as in `NORM_PATHS`.
+  """
+
+  qkv: jax.Array
+  o: jax.Array
+  gate_up: jax.Array
+  down: jax.Array
+  lm_head: jax.Array
+  embedding: jax.Array | None
+  norms: jax.Array
+  norm_dtypes: tuple[str, ...] = struct.field(pytree_node=False)
+
+  @property
+  def num_ctas(self) -> int:
+    """P, the number of CTAs that the weights are dealt out to."""
+    return self.qkv.shape[1]
+
+  def leaf_dtype(self, path: Path) -> np.dtype:
+    """Returns the dtype that a leaf of the parameter tree had, and will have."""
+    if path in NORM_PATHS:
+      return jnp.dtype(self.norm_dtypes[NORM_PATHS.index(path)])
+    return np.dtype(self.qkv.dtype)
+
+  def operands(self) -> dict[str, jax.Array]:
+    """Returns what the kernel takes, by its names."""
+    embedding = self.lm_head if self.embedding is None else self.embedding
+    return dict(
+      qkv=self.qkv,
+      o=self.o,
+      gate_up=self.gate_up,
+      down=self.down,
+      lm_head=self.lm_head,
+      embedding=embedding,
+      norms=self.norms,
+    )
+
+
+def geometry_of(config: LlamaConfig) -> Geometry:
+  """Returns the sizes that the kernel is built from."""
+  return Geometry(
+    hidden_size=config.hidden_size,
+    intermediate_size=config.intermediate_size,
+    num_hidden_layers=config.num_hidden_layers,
+    num_attention_heads=config.num_attention_heads,
+    num_key_value_heads=config.num_key_value_heads,
+    head_dim=config.head_dim,
+    vocab_size=config.vocab_size,
+    rms_norm_eps=config.rms_norm_eps,
+    tie_word_embeddings=config.tie_word_embeddings,
+  )
+
+
+def groups(config: LlamaConfig) -> dict[str, tuple[Path, ...]]:
+  """Lists which leaves of the parameter tree share a field of `PackedParams`.
+
+  They are in the order in which their rows are joined.
+  """
+
+  def paths(module: str, *names: str) -> tuple[Path, ...]:
+    return tuple(("layers", module, name, "weight") for name in names)
+
+  embedding = (("embed_tokens", "weight"),)
+  table: dict[str, tuple[Path, ...]] = dict(
+    qkv=paths("self_attn", "q_proj", "k_proj", "v_proj"),
+    o=paths("self_attn", "o_proj"),
+    gate_up=paths("mlp", "gate_proj", "up_proj"),
+    down=paths("mlp", "down_proj"),
+  )
+  if config.tie_word_embeddings:
+    return {**table, "lm_head": embedding, "norms": NORM_PATHS}
+  return {
+    **table,
+    "lm_head": (("lm_head", "weight"),),
+    "embedding": embedding,
+    "norms": NORM_PATHS,
+  }
+
+
+def _matmul(config: LlamaConfig, name: str, num_ctas: int) -> Matmul:
+  schedule = make_schedule(geometry_of(config), num_ctas)
+  # The embedding is looked up, but its table has the LM head's form.
+  return getattr(schedule, "lm_head" if name == "embedding" else name)
+
+
+def pack_matrices(
+  config: LlamaConfig,
+  name: str,
+  num_ctas: int,
+  matrices: Sequence[jax.Array],
+) -> jax.Array:
+  """Packs the matrices of a group: `[out, in]` each, of one layer if of any.
+
+  Args:
+    config: the model.
+    name: of the group, a key of `groups`; any but the norms.
+    num_ctas: P.
+    matrices: bfloat16, in the order of `groups`.
+
+  Returns:
+    `[P, n, 128, 64]` bfloat16.
+  """
+  matmul = _matmul(config, name, num_ctas)
+  if name == "qkv":
+    joined = jnp.concatenate(matrices, axis=0)
+    rows = chunks_lib.permute_heads(joined, config.head_dim)
+  elif name == "gate_up":
+    rows = chunks_lib.interleave(*matrices)
+  else:
+    (rows,) = matrices
+  return chunks_lib.pack_matrix(matmul, rows)
+
+
+def unpack_matrices(
+  config: LlamaConfig, name: str, packed: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Undoes `pack_matrices`."""
+  c = config
+  matmul = _matmul(config, name, packed.shape[0])
+  attention_size = c.num_attention_heads * c.head_dim
+  key_size = c.num_key_value_heads * c.head_dim
+  if name == "qkv":
+    out = attention_size + 2 * key_size
+    rows = chunks_lib.unpack_matrix(matmul, packed, out, c.hidden_size)
+    rows = chunks_lib.unpermute_heads(rows, c.head_dim)
+    at = (attention_size, attention_size + key_size)
+    return tuple(jnp.split(rows, at, axis=0))
+  if name == "gate_up":
+    rows = chunks_lib.unpack_matrix(matmul, packed, matmul.rows, c.hidden_size)
+    return chunks_lib.deinterleave(rows, c.intermediate_size)
+  shape = dict(
+    o=(c.hidden_size, attention_size),
+    down=(c.hidden_size, c.intermediate_size),
+    lm_head=(c.vocab_size, c.hidden_size),
+    embedding=(c.vocab_size, c.hidden_size),
+  )[name]
+  return (chunks_lib.unpack_matrix(matmul, packed, *shape),)
+
+
+def unpack_layer(
+  config: LlamaConfig, chunks: dict[str, jax.Array], norms: jax.Array
+) -> Params:
+  """Returns the parameter tree of one layer.
+
+  Args:
+    config: the model.
+    chunks: `[P, n, 128, 64]` of each group of the layer.
+    norms: `[2, D']` float32, the layer's.
+  """
+  tree: Params = {}
+  for name, packed in chunks.items():
+    matrices = unpack_matrices(config, name, packed)
+    for path, matrix in zip(groups(config)[name], matrices, strict=True):
+      _, module, matrix_name, leaf = path
+      tree.setdefault(module, {})[matrix_name] = {leaf: matrix}
+  for path, norm in zip(NORM_PATHS[:2], norms, strict=True):
+    tree[path[1]] = {path[2]: norm[: config.hidden_size]}
+  return tree
+
+
+def embed(
+  params: PackedParams,
+  config: LlamaConfig,
+  token_ids: jax.Array,
+  dtype: DType,
+) -> jax.Array:
+  """Looks up the embeddings `[..., D]` of token ids `[...]`, in `dtype`."""
+  table = params.operands()["embedding"]
+  per_tile = _matmul(config, "embedding", params.num_ctas).chunks_per_tile
+  halves = table.reshape(-1, 2, TILE, CHUNK_COLS // 2)
+  column = jnp.arange(per_tile, dtype=jnp.int32)
+  column = column.reshape(*[1] * token_ids.ndim, -1)
+  token_ids = token_ids[..., None]
+  rows = halves[token_ids // TILE * per_tile + column, :, token_ids % TILE]
+  rows = rows.reshape(*token_ids.shape[:-1], -1)
+  return rows[..., : config.hidden_size].astype(dtype)
+
+
+def hidden_states(
+  params: PackedParams,
+  config: LlamaConfig,
+  token_ids: jax.Array,
+  num_tokens: jax.Array,
+  cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+  """Does what `Llama.__call__` does, with the weights as they are here.
+
+  Each layer is unpacked when its turn comes.
+  """
+  dtypes: dict[str, Any] = dict(
+    dtype=cache.k.dtype, param_dtype=params.qkv.dtype
+  )
+  decoder_layer = DecoderLayer(config, **dtypes)
+  tokens = TokenPlaces.after(config, cache, num_tokens, token_ids.shape[1])
+  num_layers = config.num_hidden_layers
+
+  def run_layer(carry: Any, xs: Any) -> Any:
+    layer, chunks, norms = xs
+    variables = {"params": unpack_layer(config, chunks, norms)}
+    return decoder_layer.apply(variables, carry, layer, tokens)
+
+  per_layer = (
+    jnp.arange(num_layers, dtype=jnp.int32),
+    {name: getattr(params, name) for name in ("qkv", "o", "gate_up", "down")},
+    params.norms[:-1].reshape(num_layers, 2, -1),
+  )
+  x = embed(params, config, token_ids, cache.k.dtype)
+  (x, k, v), _ = jax.lax.scan(run_layer, (x, cache.k, cache.v), per_layer)
+  norm = {"params": {"weight": params.norms[-1, : config.hidden_size]}}
+  normed = RMSNorm(config.rms_norm_eps, **dtypes).apply(norm, x)
+  return jnp.asarray(normed), KVCache(
+    k=k, v=v, lengths=cache.lengths + num_tokens
+  )
+
+
+def logits(
+  params: PackedParams, config: LlamaConfig, hidden: jax.Array
+) -> jax.Array:
+  """Does what `Llama.logits` does, one block of the LM head after another."""
+  matmul = _matmul(config, "lm_head", params.num_ctas)
+  chunks = params.lm_head.reshape(-1, CHUNK_ROWS, CHUNK_COLS // 2)
+  tile_bytes = matmul.chunks_per_tile * CHUNK_BYTES
+  block_tiles = max(1, _BLOCK_BYTES // tile_bytes)
+
+  def project(tile: jax.Array, num_rows: int) -> jax.Array:
+    """Returns logits `[..., num_rows]` from row `64 * tile` on."""
+    block = Matmul("block", round_up(num_rows, TILE), matmul.cols, num_ctas=1)
+    some = jax.lax.dynamic_slice_in_dim(
+      chunks, tile * matmul.chunks_per_tile, block.num_chunks
+    )
+    weight = chunks_lib.unpack_matrix(
+      block, some[None], num_rows, config.hidden_size
+    )
+    head = Embedding(num_rows, config.hidden_size, hidden.dtype, weight.dtype)
+    variables = {"params": {"weight": weight}}
+    return jnp.asarray(head.apply(variables, hidden, method="project"))
+
+  num_blocks, rest = divmod(config.vocab_size, block_tiles * TILE)
+  parts = []
+  if num_blocks:
+    first_tiles = jnp.arange(num_blocks, dtype=jnp.int32) * block_tiles
+    blocks = jax.lax.map(lambda t: project(t, block_tiles * TILE), first_tiles)
+    parts.append(jnp.moveaxis(blocks, 0, -2).reshape(*hidden.shape[:-1], -1))
+  if rest:
+    parts.append(project(jnp.int32(num_blocks * block_tiles), rest))
+  return jnp.concatenate(parts, axis=-1)
