@@ -11,42 +11,11 @@ import sys
 
 import jax
 from absl import app, flags
+from models import MODELS
 
-from ffjax.config import LlamaConfig
 from ffjax.packed import geometry_of
-from ffjax.presets import PRESETS
 from pallas_kernels import aot
 from pallas_kernels.plan import make_plan
-
-MODELS = {
-  "llama-3.2-1b": PRESETS["llama-3.2-1b"],
-  "llama-3.2-3b": PRESETS["llama-3.2-3b"],
-  "llama-3.1-8b": PRESETS["llama-3.1-8b"],
-  # HuggingFaceTB/SmolLM2-135M.
-  "smollm2-135m": LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-  ),
-  # checkpoints/tiny_llama.
-  "tiny-llama": LlamaConfig(
-    vocab_size=384,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-  ),
-}
 
 _MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
