@@ -1,6 +1,6 @@
-"""Pallas (Mosaic GPU) kernels for decoding on Hopper GPUs.
+"""The decode step of a Llama as one persistent kernel for Hopper GPUs.
 
-Empty so far: the persistent kernel that fuses all decoder layers comes next,
-and `ffjax.decode` will offer it as `implementation="fused"`. `ffjax` imports
-this package, never the other way round.
+`geometry` has the sizes and the limits, `schedule` says which CTA streams what,
+`packing` lays weights out accordingly, and `kernel.step` runs a step. `emulator`
+follows the same schedule in plain JAX. Nothing here imports `ffjax`.
 """
