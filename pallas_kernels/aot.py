@@ -87,7 +87,8 @@ class Report:
     return self.spill_store_bytes + self.spill_load_bytes > 0
 
 
-def _target() -> SingleDeviceSharding:
+def hopper() -> SingleDeviceSharding:
+  """Returns where arguments of a compilation for an H100 are."""
   topology = topologies.get_topology_desc(
     "h100", platform="cuda", target_config=_H100, topology="1x1x1"
   )
@@ -100,7 +101,7 @@ def missing() -> str | None:
   if reason is not None:
     return reason
   try:
-    _target()
+    hopper()
   except RuntimeError as e:
     return f"JAX's CUDA plugin is not installed ({e})"
   return None
@@ -122,7 +123,7 @@ def compile_for_hopper(
     RuntimeError: no kernel was compiled, or another than one. A process that
       compiles the same kernel twice gets the first one again.
   """
-  target = _target()
+  target = hopper()
   args = [
     jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=target)
     for shape, dtype in shape_dtypes

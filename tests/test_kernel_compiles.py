@@ -1,13 +1,21 @@
 """Tests that the kernel compiles for Hopper; they need no GPU."""
 
+import math
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import ffjax
+from ffjax import implementation, stepping
+from ffjax.cache import KVCache
+from ffjax.packed import PackedParams, geometry_of
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.plan import make_plan
+from pallas_kernels.plan import make_plan, operand_shapes
 
 aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
 
@@ -70,6 +78,70 @@ def test_compile_time_does_not_grow_with_layers():
   # that are busy with other things now and then.
   assert many.compile_s < 3 * few.compile_s
   assert many.registers == few.registers
+
+
+def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
+  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
+  batch, capacity = 2, 1024
+  config = ffjax.LlamaConfig(
+    vocab_size=384,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+  )
+  plan = make_plan(geometry_of(config), batch, capacity, aot.NUM_SMS)
+  target = aot.hopper()
+
+  def shaped(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=target)
+
+  operands = {k: shaped(*v) for k, v in operand_shapes(plan).items()}
+  model = ffjax.Model(
+    params=PackedParams(
+      qkv=operands["w_qkv"],
+      o=operands["w_o"],
+      gate_up=operands["w_gate_up"],
+      down=operands["w_down"],
+      lm_head=operands["w_lm_head"],
+      embedding=None,
+      norms=operands["norms"],
+      norm_dtypes=("bfloat16",) * 3,
+    ),
+    config=config,
+  )
+  cache = operands["k_cache"]
+  key = jax.eval_shape(lambda k: jax.random.split(k, batch), jax.random.key(0))
+  state = stepping.DecodeState(
+    cache=KVCache(k=cache, v=cache, lengths=shaped((batch,), jnp.int32)),
+    token_ids=shaped((batch,), jnp.int32),
+    finished=shaped((batch,), jnp.bool_),
+    keys=shaped(key.shape, key.dtype),
+    seen=None,
+  )
+  compiled = stepping.decode_steps.lower(
+    model,
+    state,
+    shaped((), jnp.int32),
+    max_steps=64,
+    implementation="fused",
+    stop_on_eos=False,
+  ).compile()
+  hlo = compiled.as_text()
+  assert re.findall(r'custom_call_target="([^"]*)"', hlo) == ["mosaic_gpu_v2"]
+  shape = f"bf16[{','.join(map(str, cache.shape))}]"
+  copied = rf"= {re.escape(shape)}\S* copy"
+  assert not re.search(copied, hlo)
+  # It is the shape that a copy would have.
+  assert shape in hlo
+  memory = compiled.memory_analysis()
+  cache_bytes = 2 * math.prod(cache.shape) * 2
+  assert memory.alias_size_in_bytes >= cache_bytes
+  assert memory.temp_size_in_bytes < cache_bytes
 
 
 def test_spills_are_seen(tmp_path):
