@@ -48,7 +48,7 @@ MODELS = {
     _SMALL, num_attention_heads=16, num_key_value_heads=2, head_dim=128
   ),
 }
-_CHECKS = ("steps", "launches", "greedy", "endless", "text")
+_CHECKS = ("steps", "long", "launches", "greedy", "endless", "text")
 
 _MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
 _CHECK = flags.DEFINE_list("check", ["steps", "launches"], f"Of {_CHECKS}.")
@@ -71,6 +71,7 @@ _STEPS = {
   3: (4224, [(65, 4095, 4223)]),
   8: (1088, [(0, 1, 63, 64, 65, 127, 128, 1000)]),
 }
+_LONG_STEPS = {1: (131072, [(131071,)])}
 _MOST_ERROR = 1.5
 _GREEDY_TOKENS = 2000
 _ENDLESS_STEPS = 20_000
@@ -151,10 +152,19 @@ def _new_rows(cache: KVCache) -> jax.Array:
   return jnp.stack([cache.k[at], cache.v[at]])
 
 
-def check_steps(name: str, model: ffjax.Model) -> list[Row]:
+def check_long(name: str, model: ffjax.Model) -> list[Row]:
+  """Does the same at the end of a context of 131,072; a large cache."""
+  return check_steps(name, model, _LONG_STEPS)
+
+
+def check_steps(
+  name: str,
+  model: ffjax.Model,
+  steps: dict[int, tuple[int, list[tuple[int, ...]]]] | None = None,
+) -> list[Row]:
   """Compares single steps with the float32 reference, and noise with none."""
   rows = []
-  for batch, (capacity, cases) in _STEPS.items():
+  for batch, (capacity, cases) in (steps or _STEPS).items():
     worst = dict(logits=0.0, kv=0.0)
     error, ours, unchanged, greedy = 0.0, 0.0, True, True
     for positions in cases:
@@ -371,6 +381,7 @@ def check_text(name: str, model: ffjax.Model) -> list[Row]:
 
 _RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
   steps=check_steps,
+  long=check_long,
   launches=check_launches,
   greedy=check_greedy,
   endless=check_endless,

@@ -1,9 +1,17 @@
 """How CTAs hand results to each other, through device memory.
 
 A result is written by a bulk store, the store is waited for, and a counter
-moves with release semantics; readers wait for the counter and read with
-ordinary loads. Buffers are used again in every layer: whoever writes one has
-waited, directly or by way of others, for everybody who read it.
+moves; readers wait for the counter and read with ordinary loads. That this is
+ordered, by the PTX memory model (PTX ISA, "Memory Consistency Model"): waiting
+for the bulk group makes its writes visible to the thread that issued it; a
+barrier of the warpgroup orders that thread before the one that adds to the
+counter with `.release.gpu`, which is cumulative; the reader's load that sees
+the sum, then `fence.acquire.gpu`, synchronises with it; another barrier orders
+the other threads' loads after that.
+
+Buffers are used again in every layer. Whoever writes one has waited, directly
+or by way of others, for all who read it: a phase is published only by CTAs that
+have read what they needed for it, and parts are handed on before.
 """
 
 from collections.abc import Sequence
