@@ -408,6 +408,3 @@ def step(
     jax.freeze(k_ref),
     jax.freeze(v_ref),
   )
-
-
-_Cta = Cta

@@ -66,36 +66,6 @@ def test_what_lies_beyond_the_position_is_never_used():
   assert_close(logits, np.asarray(reference(_FOUR, s)[0]))
 
 
-class _DoesNotWait(kernel._Cta):
-  def wait_published(self, phase, count):
-    pass
-
-
-class _PublishesTooEarly(kernel._Cta):
-  def signal(self, semaphore):
-    # The stores have read their source, but may not have arrived.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
-
-
-class _DoesNotWaitForParts(kernel._Cta):
-  def wait_joined(self, phase, count):
-    pass
-
-
-@pytest.mark.parametrize(
-  ("cta_class", "case"),
-  [
-    (_DoesNotWait, _FOUR),
-    (_PublishesTooEarly, _FOUR),
-    (_DoesNotWaitForParts, _CASES["wide heads, cut tiles"]),
-  ],
-)
-def test_missing_synchronisation_is_found(cta_class, case):
-  _, races = interpret(case, make_step(case), cta_class=cta_class)
-  assert races
-
-
 # ---- the extension of the interpreter itself -------------------------------
 
 
@@ -172,7 +142,7 @@ def test_a_deadlock_is_an_error(monkeypatch):
   interpreter.reset()
 
 
-class _NeverFrees(kernel._Cta):
+class _NeverFrees(kernel.Cta):
   def consume(self, i, use):
     # One slot is never given back, and the stream waits for it.
     slot = lax.rem(i, jnp.int32(self.plan.num_slots))

@@ -1,0 +1,324 @@
+"""One step of the kernel in Pallas' interpreter, set against plain `jnp`.
+
+What the tests of the interpreted kernel share. To be imported only where
+`interpreter.missing()` finds nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import interpreter, kernel, packing
+from pallas_kernels.geometry import Geometry
+from pallas_kernels.plan import make_plan, operand_shapes
+
+_F32, _BF16 = jnp.float32, jnp.bfloat16
+
+TINY = Geometry(
+  hidden_size=128,
+  intermediate_size=128,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  num_key_value_heads=1,
+  head_dim=64,
+  vocab_size=128,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=True,
+)
+# Wide heads, padding of everything that can be padded, an LM head of its own.
+# Three CTAs cut its tiles.
+WIDE = Geometry(
+  hidden_size=200,
+  intermediate_size=300,
+  num_hidden_layers=2,
+  num_attention_heads=3,
+  num_key_value_heads=1,
+  head_dim=128,
+  vocab_size=150,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One step.
+
+  Attributes:
+    geometry: the model.
+    num_ctas: P.
+    capacity: S.
+    positions: of the new tokens, one per sequence.
+    active: whether each sequence's cache is to grow.
+  """
+
+  geometry: Geometry
+  num_ctas: int
+  capacity: int
+  positions: tuple[int, ...]
+  active: tuple[bool, ...] = (True,)
+
+
+def _bf16(x):
+  return x.astype(_BF16).astype(_F32)
+
+
+def _dot(spec, x, y):
+  """Multiplies bfloat16 operands, accumulates in float32."""
+  return jnp.einsum(spec, _bf16(x), _bf16(y), precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass
+class Step:
+  """The operands of a step, before anything is packed: `[out, in]` matrices."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  o: jax.Array
+  gate: jax.Array
+  up: jax.Array
+  down: jax.Array
+  embedding: jax.Array
+  lm_head: jax.Array
+  norms: jax.Array
+  token_ids: jax.Array
+  cos: jax.Array
+  sin: jax.Array
+  k_cache: jax.Array
+  v_cache: jax.Array
+
+
+def make_step(case):
+  g, keys = case.geometry, iter(jax.random.split(jax.random.key(0), 20))
+  layers, d, f = g.num_hidden_layers, g.hidden_size, g.intermediate_size
+  h, heads, kv_heads = (
+    g.head_dim,
+    g.num_attention_heads,
+    g.num_key_value_heads,
+  )
+
+  def normal(*shape, scale=1.0):
+    return jax.random.normal(next(keys), shape, _F32) * scale
+
+  def matrix(*shape):
+    return normal(*shape, scale=shape[-1] ** -0.5).astype(_BF16)
+
+  batch = len(case.positions)
+  cache = (layers, batch, kv_heads, case.capacity, h)
+  angles = jnp.array(case.positions, _F32)[:, None] * (
+    10000.0 ** (-jnp.arange(0, h, 2, dtype=_F32) / h)[None, :]
+  )
+  embedding = normal(g.vocab_size, d).astype(_BF16)
+  return Step(
+    q=matrix(layers, heads * h, d),
+    k=matrix(layers, kv_heads * h, d),
+    v=matrix(layers, kv_heads * h, d),
+    o=matrix(layers, d, heads * h),
+    gate=matrix(layers, f, d),
+    up=matrix(layers, f, d),
+    down=matrix(layers, d, f),
+    embedding=embedding,
+    lm_head=embedding if g.tie_word_embeddings else matrix(g.vocab_size, d),
+    norms=1 + normal(2 * layers + 1, d, scale=0.1),
+    token_ids=jnp.array([g.vocab_size - 3, 3][:batch], jnp.int32),
+    cos=jnp.cos(angles),
+    sin=jnp.sin(angles),
+    k_cache=normal(*cache).astype(_BF16),
+    v_cache=normal(*cache).astype(_BF16),
+  )
+
+
+def _norm(x, weight, eps):
+  scale = lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  return x * scale * weight[None, :]
+
+
+def _rotate(x, cos, sin):
+  """Rotates `[B, heads, H]`."""
+  first, second = jnp.split(x, 2, axis=-1)
+  cos, sin = cos[:, None], sin[:, None]
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], -1
+  )
+
+
+def reference(case, s):
+  """Returns logits `[B, V]` and new keys and values `[L, B, K, H]`."""
+  g = case.geometry
+  kv_heads, h, batch = g.num_key_value_heads, g.head_dim, len(case.positions)
+  x = s.embedding[s.token_ids].astype(_F32)
+  new_k, new_v = [], []
+  for layer in range(g.num_hidden_layers):
+    y = _norm(x, s.norms[2 * layer], g.rms_norm_eps)
+    q, k, v = (
+      _dot("bd,od->bo", y, w[layer]).reshape(batch, -1, h)
+      for w in (s.q, s.k, s.v)
+    )
+    q, k = _rotate(q, s.cos, s.sin), _rotate(k, s.cos, s.sin)
+    new_k.append(k)
+    new_v.append(v)
+    attended = []
+    for b, position in enumerate(case.positions):
+      keys, values = (
+        jnp.concatenate(
+          [cache[layer, b, :, :position].astype(_F32), new[b][:, None]], 1
+        )
+        for cache, new in ((s.k_cache, k), (s.v_cache, v))
+      )
+      queries = q[b].reshape(kv_heads, g.group, h)
+      scores = _dot("kgh,ksh->kgs", queries, keys) * (h**-0.5)
+      p = jnp.exp(scores - scores.max(-1, keepdims=True))
+      out = _dot("kgs,ksh->kgh", p, values) / p.sum(-1, keepdims=True)
+      attended.append(out.reshape(-1))
+    x = x + _dot("ba,da->bd", jnp.stack(attended), s.o[layer])
+    y = _norm(x, s.norms[2 * layer + 1], g.rms_norm_eps)
+    gate, up = (_dot("bd,fd->bf", y, w[layer]) for w in (s.gate, s.up))
+    x = x + _dot("bf,df->bd", gate * jax.nn.sigmoid(gate) * up, s.down[layer])
+  y = _norm(x, s.norms[-1], g.rms_norm_eps)
+  return _dot("bd,vd->bv", y, s.lm_head), jnp.stack(new_k), jnp.stack(new_v)
+
+
+def pack(case, plan, s):
+  """Lays the operands out as the kernel takes them."""
+  g, m = case.geometry, plan.schedule
+  batch = len(case.positions)
+
+  def rows(x):
+    return jnp.pad(x, [(0, 8 - batch)] + [(0, 0)] * (x.ndim - 1))
+
+  qkv = jnp.concatenate([s.q, s.k, s.v], 1)
+  operands = dict(
+    table=jnp.asarray(m.table()),
+    num_layers=jnp.full((1,), g.num_hidden_layers, jnp.int32),
+    token_ids=rows(s.token_ids),
+    positions=rows(jnp.array(case.positions, jnp.int32)),
+    active=rows(jnp.array(case.active, jnp.int32)),
+    cos=rows(s.cos),
+    sin=rows(s.sin),
+    norms=jnp.pad(s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))),
+    w_qkv=packing.pack_matrix(m.qkv, packing.permute_heads(qkv, g.head_dim)),
+    w_o=packing.pack_matrix(m.o, s.o),
+    w_gate_up=packing.pack_matrix(m.gate_up, packing.interleave(s.gate, s.up)),
+    w_down=packing.pack_matrix(m.down, s.down),
+    w_lm_head=packing.pack_matrix(m.lm_head, s.lm_head),
+    embedding=packing.pack_matrix(m.lm_head, s.embedding),
+    k_cache=s.k_cache,
+    v_cache=s.v_cache,
+  )
+  expected = operand_shapes(plan)
+  assert {k: (x.shape, x.dtype) for k, x in operands.items()} == {
+    k: (shape, jnp.dtype(dtype)) for k, (shape, dtype) in expected.items()
+  }
+  return operands
+
+
+@functools.cache
+def _compiled(plan, detect_races, **kwargs):
+  """Returns a function of the operands; compiling it takes most of a run."""
+  step = kernel.make_step(
+    plan,
+    interpret=interpreter.interpret_params(detect_races),
+    as_cluster=True,
+    **kwargs,
+  )
+
+  @jax.jit
+  def run(operands):
+    *others, k_cache, v_cache = operands
+    k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
+    logits, next_ids, *_ = step(*others, k_ref, v_ref)
+    return logits, next_ids, k_ref[...], v_ref[...]
+
+  return run
+
+
+def interpret(case, s, *, detect_races=True, perturb=None, **kwargs):
+  """Runs the kernel.
+
+  Args:
+    case: what to run.
+    s: its operands.
+    detect_races: whether to look for races.
+    perturb: what maps the packed operands, a dict, to those that are used.
+    **kwargs: for `kernel.make_step`.
+
+  Returns:
+    Logits, next ids and the caches, and whether races were found.
+  """
+  interpreter.install()
+  interpreter.reset()
+  batch = len(case.positions)
+  plan = make_plan(case.geometry, batch, case.capacity, case.num_ctas)
+  operands = pack(case, plan, s)
+  if perturb is not None:
+    operands = perturb(operands)
+  operands = [operands[name] for name in operand_shapes(plan)]
+  run = _compiled(plan, detect_races, **kwargs)
+  out = jax.block_until_ready(run(operands))
+  logits, next_ids, k_cache, v_cache = (np.asarray(x) for x in out)
+  out = (
+    logits[:, : case.geometry.vocab_size],
+    next_ids[:batch],
+    k_cache,
+    v_cache,
+  )
+  return out, detect_races and interpreter.races_found()
+
+
+def assert_close(actual, expected):
+  # Sums in another order now and then round an operand to its neighbour, 2^-8
+  # away; the sum then moves by a fraction of that.
+  bound = 2**-7 * np.abs(expected).max()
+  error = np.abs(actual - expected).max()
+  assert error < bound, f"{error} is not below {bound}"  # Nor is NaN.
+
+
+def check(case, **kwargs):
+  """Asserts that the kernel does what plain `jnp` does, and without a race.
+
+  All that is wrong is in the error's message, by the names that follow.
+
+  Args:
+    case: what to run.
+    **kwargs: for `interpret`.
+  """
+  s = make_step(case)
+  (logits, next_ids, k_cache, v_cache), races = interpret(case, s, **kwargs)
+  expected_logits, new_k, new_v = reference(case, s)
+  active = np.array(case.active)
+  found = []
+
+  def expect(name, assertion, *args):
+    try:
+      assertion(*args)
+    except AssertionError as e:
+      found.append(f"{name}: {e}")
+
+  def equal(x, y):
+    np.testing.assert_array_equal(x, y)
+
+  expect(
+    "logits", assert_close, logits[active], np.asarray(expected_logits)[active]
+  )
+  expect("next ids", equal, next_ids[active], logits.argmax(-1)[active])
+  for cache, before, new in (
+    (k_cache, s.k_cache, new_k),
+    (v_cache, s.v_cache, new_v),
+  ):
+    before = np.array(before.astype(_F32))
+    cache = cache.astype(np.float32)
+    for b, position in enumerate(case.positions):
+      if case.active[b]:
+        actual, expected = cache[:, b, :, position], np.asarray(new)[:, b]
+        expect("new rows", assert_close, actual, expected)
+        before[:, b, :, position] = actual
+    # Nothing else in the cache has changed.
+    expect("other rows", equal, cache, before)
+  if races:
+    found.append("races")
+  assert not found, "\n".join(found)
