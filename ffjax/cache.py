@@ -25,7 +25,7 @@ class KVCache:
     k: `[L, B, K, S, H]`, in the implementation's cache dtype.
     v: `[L, B, K, S, H]`, likewise.
     lengths: `[B]` int32; sequence b owns slots `[0, lengths[b])`, and what
-      lies beyond is never read.
+      lies beyond never matters.
   """
 
   k: jax.Array

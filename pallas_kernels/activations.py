@@ -22,6 +22,8 @@ from pallas_kernels.layouts import (
   rows_layout,
 )
 
+_MOST_UNROLLED = 16
+
 
 class Activations(CtaBase):
   """Loads, norms, and writes x."""
@@ -70,10 +72,18 @@ class Activations(CtaBase):
     mosaic.store(self.row.at[pl.ds(0, width)], row.astype(BF16))
     plgpu.commit_smem()
     piece = self.piece(width, 1024)
-    for start in range(0, width, piece):
+
+    def copy(start: Index) -> None:
       self.x.at[:, pl.ds(start, piece)][...] = self.repeat(
         self.row.at[pl.ds(start, piece)], piece
       )
+
+    # Unrolled, one piece hides the other; many would take long to compile.
+    if width // piece <= _MOST_UNROLLED:
+      for start in range(0, width, piece):
+        copy(start)
+    else:
+      fori(0, width // piece, lambda j: copy(j * piece))
     plgpu.commit_smem()
 
   def fill_normed(self, x: Ref, norm: Ref) -> None:

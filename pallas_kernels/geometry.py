@@ -18,6 +18,8 @@ MAX_BATCH = 8
 MAX_GROUP = 8
 # Shared memory holds one normed activation vector per sequence.
 MAX_HIDDEN_SIZE = 8192
+# Token ids are compared as float32.
+MAX_VOCAB_SIZE = 2**24
 
 
 class UnsupportedError(ValueError):
@@ -87,7 +89,7 @@ class Geometry:
 
 
 def check(geometry: Geometry, batch: int) -> None:
-  """Raises for what the kernel does not take; this is the list of limits.
+  """Raises for sizes that the kernel does not take; all others it does.
 
   Raises:
     UnsupportedError: naming the size and the limit.
@@ -95,6 +97,10 @@ def check(geometry: Geometry, batch: int) -> None:
   g = geometry
   if g.head_dim not in (64, 128):
     raise UnsupportedError(f"head_dim={g.head_dim} (it takes 64 and 128)")
+  if g.num_attention_heads % g.num_key_value_heads:
+    raise UnsupportedError(
+      f"{g.num_attention_heads} query heads for {g.num_key_value_heads} KV heads"
+    )
   if g.group > MAX_GROUP:
     raise UnsupportedError(
       f"{g.group} query heads per KV head (it takes at most {MAX_GROUP})"
@@ -102,6 +108,10 @@ def check(geometry: Geometry, batch: int) -> None:
   if g.hidden_size > MAX_HIDDEN_SIZE:
     raise UnsupportedError(
       f"hidden_size={g.hidden_size} (it takes at most {MAX_HIDDEN_SIZE})"
+    )
+  if g.vocab_size > MAX_VOCAB_SIZE:
+    raise UnsupportedError(
+      f"vocab_size={g.vocab_size} (it takes at most {MAX_VOCAB_SIZE})"
     )
   if not 1 <= batch <= MAX_BATCH:
     raise UnsupportedError(f"batch {batch} (it takes 1 to {MAX_BATCH})")

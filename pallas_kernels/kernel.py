@@ -5,10 +5,9 @@ chunks of every matrix, and the keys and values it attends to, into a ring of
 shared-memory slots; it runs ahead of everything, bounded only by free slots.
 The compute warpgroup follows the same order and multiplies.
 
-CTAs exchange activations through device memory: a tile of results is written by
-a bulk store, the store is waited for, and a counter moves; readers wait for the
-counter and read with ordinary loads. Nothing that is read by a bulk load is
-written in the same launch before it, except by a bulk store.
+CTAs exchange activations through device memory, see `exchange`. Nothing that is
+read by a bulk load is written before it in the same launch. All CTAs must be on
+the device at once: two steps must not run at the same time on one GPU.
 
 Axis letters: L layers, B batch, D width, N query heads, K KV heads, G = N / K,
 H head size, F MLP width, V vocabulary, S cache slots, P CTAs.

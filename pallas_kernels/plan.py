@@ -33,8 +33,12 @@ from pallas_kernels.schedule import (
 NUM_PHASES = 7
 EMBED, QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(NUM_PHASES)
 
-# Shared memory that a CTA may use on Hopper, less what Mosaic takes itself.
-SMEM_BYTES = 232448 - 3072
+# Shared memory that a CTA may use on Hopper, less the ring's barriers.
+SMEM_BYTES = 232448 - 256
+# Each array there begins on a multiple of this.
+_SMEM_ALIGNMENT_BYTES = 1024
+# What sums and maxima over warps go through.
+_REDUCTION_BYTES = 2048
 _MIN_X_COLS = 512
 # Copies of each CTA's best logit: the smallest bulk store is 16 bytes.
 CANDIDATE = 4
@@ -91,10 +95,19 @@ class Plan:
 
   @property
   def fixed_smem_bytes(self) -> int:
-    """Shared memory beside the ring."""
-    state = (self.geometry.head_dim // TILE + 2) * 8 * TILE * 4
-    row = 2 * self.x_cols
-    return 2 * 8 * self.x_cols + max(row, state) + 22 * 1024
+    """Shared memory beside the ring, see the scratch of `kernel.make_step`."""
+    h = self.geometry.head_dim
+    tile, half = 8 * TILE, 8 * TILE // 2
+    sizes_bytes = (
+      *(2 * 8 * self.x_cols, 2 * 8 * h, 2 * tile),  # x, q, p
+      *(4 * tile, 4 * 2 * tile, 4 * 2 * half),  # sums, staging, halves
+      *(2 * half, 2 * (h // TILE) * tile),  # narrow_half, narrow
+      max(2 * self.x_cols, 4 * (h // TILE + 2) * tile),  # row or state
+      *(2 * 2 * 8 * h, 4 * tile, 4 * tile),  # new, best, best_index
+      *(2 * CHUNK_COLS, 4 * CHUNK_COLS),  # embedded, embedded_f32
+    )
+    aligned_bytes = [round_up(n, _SMEM_ALIGNMENT_BYTES) for n in sizes_bytes]
+    return sum(aligned_bytes) + _REDUCTION_BYTES
 
   @property
   def num_slots(self) -> int:

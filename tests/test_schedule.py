@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import schedule
+from pallas_kernels import geometry, schedule
 from pallas_kernels.geometry import Geometry
+from pallas_kernels.plan import make_plan
 from pallas_kernels.schedule import Matmul, make_schedule, split_of
 
 
@@ -207,3 +208,22 @@ def test_items_of_split_attention_have_a_cta_each(
   splits = schedule.max_splits(_MODELS[name], batch, num_ctas)
   assert splits == expected
   assert splits == 1 or splits * heads <= num_ctas
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_width_leaves_room_for_a_ring(head_dim):
+  for hidden_size in range(128, geometry.MAX_HIDDEN_SIZE + 1, 128):
+    g = geometry.Geometry(
+      hidden_size=hidden_size,
+      intermediate_size=256,
+      num_hidden_layers=1,
+      num_attention_heads=1,
+      num_key_value_heads=1,
+      head_dim=head_dim,
+      vocab_size=128,
+      rms_norm_eps=1e-5,
+      tie_word_embeddings=True,
+    )
+    geometry.check(g, 1)
+    # Keys and values of wide heads take two slots.
+    assert make_plan(g, 1, 64, 132).num_slots >= 3
