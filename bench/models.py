@@ -1,7 +1,11 @@
 """The five models that the kernel is checked and compiled for."""
 
+import pathlib
+
 from ffjax.config import LlamaConfig
 from ffjax.presets import PRESETS
+
+_CHECKPOINTS = pathlib.Path(__file__).parents[1] / "checkpoints"
 
 MODELS = {
   "llama-3.2-1b": PRESETS["llama-3.2-1b"],
@@ -19,16 +23,5 @@ MODELS = {
     max_position_embeddings=8192,
     tie_word_embeddings=True,
   ),
-  # checkpoints/tiny_llama.
-  "tiny-llama": LlamaConfig(
-    vocab_size=384,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-  ),
+  "tiny-llama": LlamaConfig.from_json(_CHECKPOINTS / "tiny_llama/config.json"),
 }

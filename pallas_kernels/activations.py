@@ -43,11 +43,14 @@ class Activations(CtaBase):
     values = plgpu.load(row, layout=layout.reduce(0), optimized=False)
     return repeat_rows(values, (8, cols), layout)
 
+  def row_layout(self, width: int, itemsize: int) -> Any:
+    """Returns the layout of `[width]` over all of the warpgroup."""
+    vector = math.gcd(16 // itemsize, width // 128)
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+
   def load_row(self, source: Ref, width: int) -> jax.Array:
     """Loads `[width]` with all of the warpgroup side by side."""
-    per_thread = width // 128
-    vector = math.gcd(16 // source.dtype.itemsize, per_thread)
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+    layout = self.row_layout(width, source.dtype.itemsize)
     return plgpu.load(source, layout=layout, optimized=False)
 
   def inverse_rms(self, row: jax.Array) -> jax.Array:
@@ -137,9 +140,7 @@ class Activations(CtaBase):
 
     if self.plan.batch == 1:
       row = self.load_row(source.at[0, pl.ds(start, width)], width)
-      layout = plgpu.Layout.WG_STRIDED(
-        (width,), vec_size=math.gcd(8, width // 128)
-      )
+      layout = self.row_layout(width, source.dtype.itemsize)
       self.fill_from_row(masked(row, 0, 0, layout), width)
       return
     piece = self.piece(width, 1024)

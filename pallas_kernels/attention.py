@@ -25,11 +25,10 @@ from pallas_kernels.layouts import (
   repeat_rows,
   rows_layout,
 )
-from pallas_kernels.plan import ATTENTION
+from pallas_kernels.plan import ATTENTION, MASKED
 from pallas_kernels.schedule import split_of
 from pallas_kernels.stream import Stream
 
-_MASKED = -1e30
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -75,7 +74,7 @@ class AttentionPhase(Stream, Exchange):
         lambda t, state: self.attend_tile(
           i + (t - first) * slots_per_tile, t, b, head, state
         ),
-        (zero + F32(_MASKED), zero, *[zero] * slots_per_tile),
+        (zero + F32(MASKED), zero, *[zero] * slots_per_tile),
       )
 
       # The split with the last tile writes the new key and value: after that
@@ -177,7 +176,7 @@ class AttentionPhase(Stream, Exchange):
     scores = pl.run_scoped(score, plgpu.ACC((TILE, 8), F32))
     scores = scores * F32(g.head_dim**-0.5)
     key = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA)
-    scores = jnp.where(key + t * TILE <= position, scores, F32(_MASKED))
+    scores = jnp.where(key + t * TILE <= position, scores, F32(MASKED))
     most, total, *out = state
     new_most = jnp.maximum(
       most, repeat_rows(jnp.max(scores, axis=0), (TILE, 8), _WGMMA)

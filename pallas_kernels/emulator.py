@@ -26,13 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, MAX_BATCH, TILE
+from pallas_kernels.geometry import (
+  CHUNK_COLS,
+  CHUNK_ROWS,
+  HALF,
+  MAX_BATCH,
+  TILE,
+)
 from pallas_kernels.plan import (
   ATTENTION,
   DOWN,
   EMBED,
   GATE_UP,
   LM_HEAD,
+  MASKED,
   O_PROJ,
   QKV,
   Plan,
@@ -41,8 +48,6 @@ from pallas_kernels.plan import (
 from pallas_kernels.schedule import Matmul, split_of
 
 _BF16 = np.dtype(jnp.bfloat16)
-_HALF = TILE // 2
-_MASKED = -1e30
 # Chunks that are multiplied at once.
 _BLOCK = 64
 
@@ -174,14 +179,14 @@ def _rotate(
   y: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Turns the halves of `[8, 64]` by angles `[8, 32]`; all float32."""
-  a, b = y[:, :_HALF], y[:, _HALF:]
+  a, b = y[:, :HALF], y[:, HALF:]
   return a * cos - b * sin, b * cos + a * sin
 
 
 @jax.jit
 def _swiglu(y: jax.Array) -> jax.Array:
   """Returns `silu(gate) * up`, `[8, 32]`, of the two halves of `[8, 64]`."""
-  gate, up = y[:, :_HALF], y[:, _HALF:]
+  gate, up = y[:, :HALF], y[:, HALF:]
   return gate * (1 / (1 + jnp.exp(-gate))) * up
 
 
@@ -201,7 +206,7 @@ def _attend_tile(
   top, total, out = state
   scores = _dot("gh,sh->gs", q, k) * np.float32(q.shape[1] ** -0.5)
   seen = jnp.arange(TILE, dtype=jnp.int32) < visible
-  scores = jnp.where(seen[None, :], scores, np.float32(_MASKED))
+  scores = jnp.where(seen[None, :], scores, np.float32(MASKED))
   new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
   alpha = jnp.exp(top - new_top)
   p = jnp.exp(scores - new_top)
@@ -418,7 +423,7 @@ class _Step:
   def _finish_qkv(self, tile: int, sums: np.ndarray) -> None:
     g = self._geometry
     head, block = divmod(tile, g.head_dim // TILE)
-    at = slice(block * _HALF, (block + 1) * _HALF)
+    at = slice(block * HALF, (block + 1) * HALF)
     cos, sin = self._ops["cos"][:, at], self._ops["sin"][:, at]
     if head >= g.num_attention_heads + g.num_key_value_heads:
       # Values are turned by the angle 0.
@@ -434,7 +439,7 @@ class _Step:
     target[:, at] = sums + source[:, at]
 
   def _finish_gate_up(self, tile: int, sums: np.ndarray) -> None:
-    self._hidden[:, tile * _HALF : (tile + 1) * _HALF] = _swiglu(sums)
+    self._hidden[:, tile * HALF : (tile + 1) * HALF] = _swiglu(sums)
 
   def _finish_lm_head(self, tile: int, sums: np.ndarray) -> None:
     self._logits[:, tile * TILE : (tile + 1) * TILE] = sums
@@ -479,7 +484,7 @@ class _Step:
     key_head = g.num_attention_heads + head
     new = self._qkv[b, key_head :: g.num_key_value_heads][:2].astype(_BF16)
     state: _State = (
-      jnp.full((MAX_BATCH, 1), _MASKED, jnp.float32),
+      jnp.full((MAX_BATCH, 1), MASKED, jnp.float32),
       jnp.zeros((MAX_BATCH, 1), jnp.float32),
       jnp.zeros((MAX_BATCH, g.head_dim), jnp.float32),
     )

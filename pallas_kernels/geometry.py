@@ -10,6 +10,8 @@ import dataclasses
 # unit of the weight stream: a tile's next 128 columns, as two halves of 64, one
 # below the other, so that each half is a whole 128-byte swizzle atom wide.
 TILE = 64
+# Rows of two kinds meet in a tile, half of it each: see `packing`.
+HALF = TILE // 2
 CHUNK_COLS = 128
 CHUNK_ROWS = TILE * CHUNK_COLS // TILE
 CHUNK_BYTES = TILE * CHUNK_COLS * 2

@@ -29,7 +29,6 @@ from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, TILE
 from pallas_kernels.layouts import (
   BF16,
   F32,
-  HALF,
   I32,
   SWIZZLED,
   Index,
@@ -48,7 +47,11 @@ from pallas_kernels.plan import (
   QKV,
   Plan,
   operand_shapes,
+  scratch_shapes,
 )
+
+# What `wgmma` reads from shared memory, beside the ring.
+_OPERANDS = ("x", "q", "p")
 
 
 class Cta(MatmulPhases, AttentionPhase):
@@ -80,11 +83,7 @@ class Cta(MatmulPhases, AttentionPhase):
           self.embedded_produced,
         )
       plgpu.barrier_wait(self.embedded_produced)
-      row = plgpu.load(
-        self.embedded,
-        layout=plgpu.Layout.WG_STRIDED((CHUNK_COLS,), vec_size=1),
-        optimized=False,
-      )
+      row = self.load_row(self.embedded, CHUNK_COLS)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       mosaic.store(self.embedded_f32, row.astype(F32))
       plgpu.commit_smem()
@@ -282,30 +281,20 @@ def make_step(
     partial=((p, 8, TILE), F32),
     parts=((p, halves + 2, 8, TILE), F32),
   )
+  arrays = {
+    name: plgpu.SMEM(
+      *shape_dtype, transforms=SWIZZLED if name in _OPERANDS else ()
+    )
+    for name, shape_dtype in scratch_shapes(plan).items()
+  }
+  # Never both in use.
+  row_or_state = plgpu.RefUnion(arrays.pop("row"), arrays.pop("state"))
   scratch: dict[str, Any] = dict(
     ring=plgpu.SMEM(
-      (plan.num_slots, CHUNK_ROWS, CHUNK_COLS // 2),
-      BF16,
-      transforms=SWIZZLED,
+      (plan.num_slots, CHUNK_ROWS, CHUNK_COLS // 2), BF16, transforms=SWIZZLED
     ),
-    x=plgpu.SMEM((8, plan.x_cols), BF16, transforms=SWIZZLED),
-    q=plgpu.SMEM((8, g.head_dim), BF16, transforms=SWIZZLED),
-    p=plgpu.SMEM((8, TILE), BF16, transforms=SWIZZLED),
-    sums=plgpu.SMEM((8, TILE), F32),
-    staging=plgpu.SMEM((2, 8, TILE), F32),
-    halves=plgpu.SMEM((2, 8, HALF), F32),
-    narrow_half=plgpu.SMEM((1, 8, HALF), BF16),
-    narrow=plgpu.SMEM((halves, 8, TILE), BF16),
-    # Never both in use.
-    row_or_state=plgpu.RefUnion(
-      plgpu.SMEM((plan.x_cols,), BF16),
-      plgpu.SMEM((halves + 2, 8, TILE), F32),
-    ),
-    new=plgpu.SMEM((2, 8, g.head_dim), BF16),
-    best=plgpu.SMEM((8, TILE), F32),
-    best_index=plgpu.SMEM((8, TILE), I32),
-    embedded=plgpu.SMEM((CHUNK_COLS,), BF16),
-    embedded_f32=plgpu.SMEM((CHUNK_COLS,), F32),
+    **arrays,
+    row_or_state=row_or_state,
     produced=plgpu.Barrier(num_barriers=plan.num_slots, num_arrivals=2),
     consumed=plgpu.Barrier(num_barriers=plan.num_slots),
     embedded_produced=plgpu.Barrier(num_arrivals=2),
@@ -363,8 +352,8 @@ def step(
 
   Args:
     plan: sizes and schedule.
-    packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (None if
-      tied) and `norms`, see `packing`.
+    packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (the
+      LM head if tied) and `norms`, see `packing`.
     token_ids: `[B]` int32.
     positions: `[B]` int32, tokens in the cache so far, below S.
     active: `[B]` bool; the caches of other sequences are left alone.
@@ -381,7 +370,6 @@ def step(
   def rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 8 - plan.batch), *[(0, 0)] * (x.ndim - 1)])
 
-  embedding = packed["embedding"]
   k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
   logits, next_ids, *_ = make_step(plan)(
     jnp.asarray(plan.schedule.table()),
@@ -397,7 +385,7 @@ def step(
     packed["gate_up"],
     packed["down"],
     packed["lm_head"],
-    packed["lm_head"] if embedding is None else embedding,
+    packed["embedding"],
     k_ref,
     v_ref,
   )

@@ -11,7 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE
 
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
-HALF = TILE // 2
 
 # A Python integer or a traced int32 scalar.
 Index = Any

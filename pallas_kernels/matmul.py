@@ -11,11 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.activations import Activations
 from pallas_kernels.exchange import Exchange
-from pallas_kernels.geometry import CHUNK_COLS, TILE
+from pallas_kernels.geometry import CHUNK_COLS, HALF, TILE
 from pallas_kernels.layouts import (
   BF16,
   F32,
-  HALF,
   I32,
   Index,
   Ref,

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, TILE
+from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, HALF, TILE
 from pallas_kernels.schedule import Matmul
-
-_HALF = TILE // 2
 
 
 def _bits(weights: jax.Array) -> jax.Array:
@@ -79,14 +77,14 @@ def unpack_matrix(
 def permute_heads(rows: jax.Array, head_dim: int) -> jax.Array:
   """Puts the rows that rope joins into the same tile; `[..., heads H, in]`."""
   *lead, out, cols = rows.shape
-  x = rows.reshape(*lead, -1, 2, head_dim // TILE, _HALF, cols)
+  x = rows.reshape(*lead, -1, 2, head_dim // TILE, HALF, cols)
   return jnp.swapaxes(x, -4, -3).reshape(*lead, out, cols)
 
 
 def unpermute_heads(rows: jax.Array, head_dim: int) -> jax.Array:
   """Undoes `permute_heads`."""
   *lead, out, cols = rows.shape
-  x = rows.reshape(*lead, -1, head_dim // TILE, 2, _HALF, cols)
+  x = rows.reshape(*lead, -1, head_dim // TILE, 2, HALF, cols)
   return jnp.swapaxes(x, -4, -3).reshape(*lead, out, cols)
 
 
@@ -96,10 +94,9 @@ def interleave(gate: jax.Array, up: jax.Array) -> jax.Array:
   F' is F rounded up to a multiple of 32, padded with zeros.
   """
   *lead, out, cols = gate.shape
-  pad = [*[(0, 0)] * len(lead), (0, -out % _HALF), (0, 0)]
+  pad = [*[(0, 0)] * len(lead), (0, -out % HALF), (0, 0)]
   both = [
-    jnp.pad(_bits(x), pad).reshape(*lead, -1, 1, _HALF, cols)
-    for x in (gate, up)
+    jnp.pad(_bits(x), pad).reshape(*lead, -1, 1, HALF, cols) for x in (gate, up)
   ]
   return _weights(jnp.concatenate(both, axis=-3).reshape(*lead, -1, cols))
 
@@ -107,7 +104,7 @@ def interleave(gate: jax.Array, up: jax.Array) -> jax.Array:
 def deinterleave(rows: jax.Array, out: int) -> tuple[jax.Array, jax.Array]:
   """Undoes `interleave`: two `[..., out, in]`."""
   *lead, _, cols = rows.shape
-  x = rows.reshape(*lead, -1, 2, _HALF, cols)
+  x = rows.reshape(*lead, -1, 2, HALF, cols)
   gate, up = (
     x[..., i, :, :].reshape(*lead, -1, cols)[..., :out, :] for i in (0, 1)
   )

@@ -9,6 +9,7 @@ size, F MLP width, V vocabulary, S cache slots, P CTAs.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
   CHUNK_ROWS,
+  HALF,
   TILE,
   Geometry,
   round_up,
@@ -40,6 +42,8 @@ _SMEM_ALIGNMENT_BYTES = 1024
 # What sums and maxima over warps go through.
 _REDUCTION_BYTES = 2048
 _MIN_X_COLS = 512
+# Score of a key that is not to be seen: its weight is 0.
+MASKED = -1e30
 # Copies of each CTA's best logit: the smallest bulk store is 16 bytes.
 CANDIDATE = 4
 
@@ -95,18 +99,17 @@ class Plan:
 
   @property
   def fixed_smem_bytes(self) -> int:
-    """Shared memory beside the ring, see the scratch of `kernel.make_step`."""
-    h = self.geometry.head_dim
-    tile, half = 8 * TILE, 8 * TILE // 2
-    sizes_bytes = (
-      *(2 * 8 * self.x_cols, 2 * 8 * h, 2 * tile),  # x, q, p
-      *(4 * tile, 4 * 2 * tile, 4 * 2 * half),  # sums, staging, halves
-      *(2 * half, 2 * (h // TILE) * tile),  # narrow_half, narrow
-      max(2 * self.x_cols, 4 * (h // TILE + 2) * tile),  # row or state
-      *(2 * 2 * 8 * h, 4 * tile, 4 * tile),  # new, best, best_index
-      *(2 * CHUNK_COLS, 4 * CHUNK_COLS),  # embedded, embedded_f32
-    )
-    aligned_bytes = [round_up(n, _SMEM_ALIGNMENT_BYTES) for n in sizes_bytes]
+    """Shared memory beside the ring, as Mosaic lays it out."""
+    sizes_bytes = {
+      name: math.prod(shape) * jnp.dtype(dtype).itemsize
+      for name, (shape, dtype) in scratch_shapes(self).items()
+    }
+    # These two share their place.
+    row_bytes, state_bytes = sizes_bytes.pop("row"), sizes_bytes.pop("state")
+    sizes_bytes["row_or_state"] = max(row_bytes, state_bytes)
+    aligned_bytes = [
+      round_up(n, _SMEM_ALIGNMENT_BYTES) for n in sizes_bytes.values()
+    ]
     return sum(aligned_bytes) + _REDUCTION_BYTES
 
   @property
@@ -160,4 +163,28 @@ def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     embedding=packed(s.lm_head),
     k_cache=cache,
     v_cache=cache,
+  )
+
+
+def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """Returns shape and dtype of each array in shared memory but the ring."""
+  g = plan.geometry
+  parts = g.head_dim // TILE
+  f32, bf16 = jnp.float32, jnp.bfloat16
+  return dict(
+    x=((8, plan.x_cols), bf16),
+    q=((8, g.head_dim), bf16),
+    p=((8, TILE), bf16),
+    sums=((8, TILE), f32),
+    staging=((2, 8, TILE), f32),
+    halves=((2, 8, HALF), f32),
+    narrow_half=((1, 8, HALF), bf16),
+    narrow=((parts, 8, TILE), bf16),
+    row=((plan.x_cols,), bf16),
+    state=((parts + 2, 8, TILE), f32),
+    new=((2, 8, g.head_dim), bf16),
+    best=((8, TILE), f32),
+    best_index=((8, TILE), jnp.int32),
+    embedded=((CHUNK_COLS,), bf16),
+    embedded_f32=((CHUNK_COLS,), f32),
   )

@@ -1,5 +1,6 @@
 """Tests that the kernel compiles for Hopper; they need no GPU."""
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -14,7 +15,6 @@ import ffjax
 from ffjax import implementation, stepping
 from ffjax.cache import KVCache
 from ffjax.packed import PackedParams, geometry_of
-from pallas_kernels.geometry import Geometry
 from pallas_kernels.plan import make_plan, operand_shapes
 
 aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
@@ -22,7 +22,11 @@ aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
 if aot.missing():
   pytest.skip(aot.missing(), allow_module_level=True)
 
-_COMMAND = pathlib.Path(__file__).parents[1] / "bench" / "compile_sm90a.py"
+_ROOT = pathlib.Path(__file__).parents[1]
+_COMMAND = _ROOT / "bench" / "compile_sm90a.py"
+_CONFIG = ffjax.LlamaConfig.from_json(
+  _ROOT / "checkpoints" / "tiny_llama" / "config.json"
+)
 _MODELS = (
   "llama-3.2-1b",
   "llama-3.2-3b",
@@ -58,18 +62,8 @@ def test_all_models_of_the_command_are_tested():
 
 
 def _plan(num_layers):
-  geometry = Geometry(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=num_layers,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    vocab_size=384,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-  )
-  return make_plan(geometry, 1, 1024, aot.NUM_SMS)
+  config = dataclasses.replace(_CONFIG, num_hidden_layers=num_layers)
+  return make_plan(geometry_of(config), 1, 1024, aot.NUM_SMS)
 
 
 def test_compile_time_does_not_grow_with_layers():
@@ -83,18 +77,7 @@ def test_compile_time_does_not_grow_with_layers():
 def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
   monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
   batch, capacity = 2, 1024
-  config = ffjax.LlamaConfig(
-    vocab_size=384,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-  )
-  plan = make_plan(geometry_of(config), batch, capacity, aot.NUM_SMS)
+  plan = make_plan(geometry_of(_CONFIG), batch, capacity, aot.NUM_SMS)
   target = aot.hopper()
 
   def shaped(shape, dtype):
@@ -112,7 +95,7 @@ def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
       norms=operands["norms"],
       norm_dtypes=("bfloat16",) * 3,
     ),
-    config=config,
+    config=_CONFIG,
   )
   cache = operands["k_cache"]
   key = jax.eval_shape(lambda k: jax.random.split(k, batch), jax.random.key(0))
