@@ -305,7 +305,7 @@ def check_greedy(name: str, model: ffjax.Model) -> list[Row]:
     f"parts after {at - len(prompt)}, where the reference's top-2 margin is"
     f" {margin:.4f} and rounding {noise:.4f}"
   )
-  return [Row(name, what, found, valid and margin <= noise)]
+  return [Row(name, what, found, valid and abs(margin) <= noise)]
 
 
 def check_endless(name: str, model: ffjax.Model) -> list[Row]:

@@ -25,6 +25,7 @@ import ffjax
 from ffjax import decode, stepping
 from ffjax.cache import rounded_capacity
 from ffjax.presets import PRESETS
+from ffjax.sampling import Sampling
 
 _PRESET = flags.DEFINE_enum("preset", "llama-3.2-1b", list(PRESETS), "Model.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Dtype of the weights.")
@@ -33,6 +34,10 @@ _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.")
 _PROMPT = flags.DEFINE_integer("prompt", 32, "Prompt tokens of each.")
 _STEPS = flags.DEFINE_integer("steps", 128, "Steps in one timed loop.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed loops; all are kept.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sampling's filter, or none.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Sampling's filter, or none.")
+_MIN_P = flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 
 
@@ -66,15 +71,21 @@ def time_loop(
 ) -> tuple[float, float]:
   """Returns the seconds of one prefill and of one loop of `--steps` steps."""
   static = dict(implementation=_IMPLEMENTATION.value, stop_on_eos=False)
+  sampling = Sampling(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+  )
   lengths = np.full(len(token_ids), token_ids.shape[1], np.int32)
   begin = time.perf_counter()
   state = stepping.prefill(
-    model, token_ids, lengths, capacity=capacity, **static
+    model, token_ids, lengths, sampling, capacity=capacity, **static
   )
   jax.block_until_ready(state)
   prefilled = time.perf_counter()
   _, new_tokens = stepping.decode_steps(
-    model, state, _STEPS.value, max_steps=_STEPS.value, **static
+    model, state, _STEPS.value, sampling, max_steps=_STEPS.value, **static
   )
   emitted = np.asarray(new_tokens)
   end = time.perf_counter()
@@ -124,6 +135,10 @@ def main(argv: list[str]) -> None:
         _PROMPT,
         _STEPS,
         _REPEATS,
+        _TEMPERATURE,
+        _TOP_K,
+        _TOP_P,
+        _MIN_P,
       )
     },
     weights="random, seed 0",
