@@ -28,7 +28,8 @@ from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
   CHUNK_ROWS,
-  TILE,
+  SEGMENTS,
+  UNIT_ROWS,
   Geometry,
   round_up,
 )
@@ -229,13 +230,16 @@ def embed(
 ) -> jax.Array:
   """Looks up the embeddings `[..., D]` of token ids `[...]`, in `dtype`."""
   table = params.operands()["embedding"]
-  per_tile = _matmul(config, "embedding", params.num_ctas).chunks_per_tile
-  halves = table.reshape(-1, 2, TILE, CHUNK_COLS // 2)
-  column = jnp.arange(per_tile, dtype=jnp.int32)
-  column = column.reshape(*[1] * token_ids.ndim, -1)
+  per_unit = _matmul(config, "embedding", params.num_ctas).chunks_per_unit
+  chunks = table.reshape(-1, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
+  chunk = jnp.arange(per_unit, dtype=jnp.int32)
+  chunk = chunk.reshape(*[1] * token_ids.ndim, -1)
   token_ids = token_ids[..., None]
-  rows = halves[token_ids // TILE * per_tile + column, :, token_ids % TILE]
-  rows = rows.reshape(*token_ids.shape[:-1], -1)
+  rows = chunks[
+    token_ids // UNIT_ROWS * per_unit + chunk, :, token_ids % UNIT_ROWS
+  ]
+  # Segments before chunks and halves.
+  rows = jnp.moveaxis(rows, -2, -4).reshape(*token_ids.shape[:-1], -1)
   return rows[..., : config.hidden_size].astype(dtype)
 
 
@@ -282,14 +286,16 @@ def logits(
   """Does what `Llama.logits` does, one block of the LM head after another."""
   matmul = _matmul(config, "lm_head", params.num_ctas)
   chunks = params.lm_head.reshape(-1, CHUNK_ROWS, CHUNK_COLS // 2)
-  tile_bytes = matmul.chunks_per_tile * CHUNK_BYTES
-  block_tiles = max(1, _BLOCK_BYTES // tile_bytes)
+  unit_bytes = matmul.chunks_per_unit * CHUNK_BYTES
+  block_units = max(1, _BLOCK_BYTES // unit_bytes)
 
-  def project(tile: jax.Array, num_rows: int) -> jax.Array:
-    """Returns logits `[..., num_rows]` from row `64 * tile` on."""
-    block = Matmul("block", round_up(num_rows, TILE), matmul.cols, num_ctas=1)
+  def project(unit: jax.Array, num_rows: int) -> jax.Array:
+    """Returns logits `[..., num_rows]` from row `8 * unit` on."""
+    block = Matmul(
+      "block", round_up(num_rows, UNIT_ROWS), matmul.cols, num_ctas=1
+    )
     some = jax.lax.dynamic_slice_in_dim(
-      chunks, tile * matmul.chunks_per_tile, block.num_chunks
+      chunks, unit * matmul.chunks_per_unit, block.run_chunks
     )
     weight = chunks_lib.unpack_matrix(
       block, some[None], num_rows, config.hidden_size
@@ -298,12 +304,14 @@ def logits(
     variables = {"params": {"weight": weight}}
     return jnp.asarray(head.apply(variables, hidden, method="project"))
 
-  num_blocks, rest = divmod(config.vocab_size, block_tiles * TILE)
+  num_blocks, rest = divmod(config.vocab_size, block_units * UNIT_ROWS)
   parts = []
   if num_blocks:
-    first_tiles = jnp.arange(num_blocks, dtype=jnp.int32) * block_tiles
-    blocks = jax.lax.map(lambda t: project(t, block_tiles * TILE), first_tiles)
+    first_units = jnp.arange(num_blocks, dtype=jnp.int32) * block_units
+    blocks = jax.lax.map(
+      lambda u: project(u, block_units * UNIT_ROWS), first_units
+    )
     parts.append(jnp.moveaxis(blocks, 0, -2).reshape(*hidden.shape[:-1], -1))
   if rest:
-    parts.append(project(jnp.int32(num_blocks * block_tiles), rest))
+    parts.append(project(jnp.int32(num_blocks * block_units), rest))
   return jnp.concatenate(parts, axis=-1)

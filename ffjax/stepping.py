@@ -27,6 +27,10 @@ from ffjax.sampling import Sampling, choose
 _SCORES_BYTES = 256 * 2**20
 _MAX_CHUNK = 512
 
+# Steps between two looks at whether all sequences have finished: each look costs
+# the GPU a wait for the host.
+_STEPS_PER_LOOK = 8
+
 # Emitted for a sequence that has ended.
 NO_TOKEN = -1
 
@@ -275,27 +279,42 @@ def decode_steps(
     The last state, and the new tokens `[B, max_steps]` int32, -1 where there
     is none.
   """
+  Carry = tuple[jax.Array, DecodeState, jax.Array]
   new_tokens = jnp.full(
     (state.token_ids.shape[0], max_steps), NO_TOKEN, jnp.int32
   )
 
-  def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
-    i, state, _ = carry
-    return (i < num_steps) & (i < max_steps) & ~jnp.all(state.finished)
+  # Traced once, though it is in two loops.
+  one_step = jax.jit(
+    functools.partial(
+      _step, implementation=implementation, stop_on_eos=stop_on_eos
+    )
+  )
 
-  def step(
-    carry: tuple[jax.Array, DecodeState, jax.Array],
-  ) -> tuple[jax.Array, DecodeState, jax.Array]:
+  def step(carry: Carry) -> Carry:
     i, state, new_tokens = carry
     was_finished = state.finished
-    state = _step(model, state, sampling, implementation, stop_on_eos)
+    state = one_step(model, state, sampling)
     emitted = jnp.where(was_finished, NO_TOKEN, state.token_ids)
     new_tokens = jax.lax.dynamic_update_slice_in_dim(
       new_tokens, emitted[:, None], i, axis=1
     )
     return i + 1, state, new_tokens
 
+  def goes_on(steps: int, carry: Carry) -> jax.Array:
+    i, state, _ = carry
+    last = i + steps
+    return (last <= num_steps) & (last <= max_steps) & ~jnp.all(state.finished)
+
+  def steps(carry: Carry) -> Carry:
+    # Once all have finished, a step changes nothing.
+    return jax.lax.fori_loop(0, _STEPS_PER_LOOK, lambda _, c: step(c), carry)
+
+  carry = (jnp.int32(0), state, new_tokens)
+  if max_steps >= _STEPS_PER_LOOK:
+    several = functools.partial(goes_on, _STEPS_PER_LOOK)
+    carry = jax.lax.while_loop(several, steps, carry)
   _, state, new_tokens = jax.lax.while_loop(
-    unfinished, step, (jnp.int32(0), state, new_tokens)
+    functools.partial(goes_on, 1), step, carry
   )
   return state, new_tokens

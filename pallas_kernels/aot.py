@@ -148,7 +148,8 @@ def compile_step(plan: Plan) -> Report:
   """Compiles the decode step of a plan as `kernel.step` launches it."""
   shapes = operand_shapes(plan)
   launch = kernel.make_step(plan)
-  caches = [list(shapes).index(name) for name in ("k_cache", "v_cache")]
+  names = list(shapes)
+  caches = [names.index(name) for name in ("words", "k_cache", "v_cache")]
 
   def step(*operands: jax.Array) -> list[jax.Array]:
     args: list[Any] = list(operands)

@@ -12,9 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.exchange import Exchange
-from pallas_kernels.geometry import TILE
+from pallas_kernels import mosaic, words
+from pallas_kernels.geometry import CHUNK_ROWS, TILE
 from pallas_kernels.layouts import (
   BF16,
   F32,
@@ -30,21 +29,11 @@ from pallas_kernels.schedule import split_of
 from pallas_kernels.stream import Stream
 
 _WGMMA = plgpu.Layout.WGMMA
+_HALF = TILE // 2
 
 
-class AttentionPhase(Stream, Exchange):
+class AttentionPhase(Stream):
   """Scores, softmax, values, and the new entries of the cache."""
-
-  def patch(self, tile: Ref, row: Index, new: Ref) -> None:
-    """Replaces one row of a `[64, 64]` tile in the ring; clears later ones."""
-    layout = plgpu.Layout.SMEM_GMEM_COPY((TILE, TILE), BF16, 128)
-    old = plgpu.load(tile, layout=layout, optimized=False)
-    row_index = plgpu.broadcasted_iota(I32, (TILE, TILE), 0, layout=layout)
-    new = plgpu.load(new, layout=layout.reduce(0), optimized=False)
-    new = repeat_rows(new.astype(BF16), (TILE, TILE), layout)
-    # What lies beyond may be anything, and even times 0 must not be NaN.
-    new = jnp.where(row_index == row, new, jnp.zeros_like(new))
-    tile[...] = jnp.where(row_index < row, old, new)
 
   def attention_item(self, item: Index, i: Index, layer: Index) -> Index:
     """Attends from one sequence's new token to a part of its keys.
@@ -58,24 +47,22 @@ class AttentionPhase(Stream, Exchange):
     position = self.positions[b]
     first, end, tiles, num_splits = split_of(position, split, plan.splits)
 
+    self.phase = ATTENTION
+
     @pl.when(first < end)
     def _() -> None:
-      q = plgpu.load(
-        self.qkv.at[b, pl.ds(head * self.geometry.group, 8)],
-        layout=rows_layout(h),
-        optimized=False,
-      )
-      self.q[...] = q.astype(BF16)
-      plgpu.commit_smem()
+      with self.span("fill"):
+        self.receive_new(b, head, layer + 1)
       zero = plgpu.layout_cast(jnp.zeros((TILE, 8), F32), _WGMMA)
-      state = lax.fori_loop(
-        first,
-        end,
-        lambda t, state: self.attend_tile(
-          i + (t - first) * slots_per_tile, t, b, head, state
-        ),
-        (zero + F32(MASKED), zero, *[zero] * slots_per_tile),
-      )
+      with self.span("multiply"):
+        most, total, *out = lax.fori_loop(
+          first,
+          end,
+          lambda t, state: self.attend_tile(
+            i + (t - first) * slots_per_tile, t, b, head, state
+          ),
+          (zero + F32(MASKED), zero, *[zero] * slots_per_tile),
+        )
 
       # The split with the last tile writes the new key and value: after that
       # tile has come, and before others may go on to the next layer's.
@@ -83,37 +70,62 @@ class AttentionPhase(Stream, Exchange):
       def _() -> None:
         self.extend_cache(layer, b, head, position)
 
-      # The last stores have been read from `state` and `narrow`.
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for n, value in enumerate(state):
+      # Maximum and sum are the same in all rows: they share a tile.
+      upper = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA) < _HALF
+      for n, value in enumerate((jnp.where(upper, most, total), *out)):
         mosaic.store(
-          self.state.at[n].transpose((1, 0)),
+          self.state.at[:, pl.ds(n * TILE, TILE)].transpose((1, 0)),
           plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED),
         )
 
       @pl.when(split > 0)
       def _() -> None:
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.state, self.parts.at[self.cta])
-        self.join(ATTENTION, self.cta - split)
+        first_word, row_words = plan.exchanges["parts"]
+        words.send(
+          self.words,
+          first_word + item * row_words,
+          self.state,
+          0,
+          h + TILE,
+          layer + 1,
+          num_rows=self.geometry.group,
+          target_stride=h + TILE,
+        )
 
       @pl.when(split == 0)
       def _() -> None:
-        @pl.when(num_splits > 1)
-        def _() -> None:
-          self.wait_joined(ATTENTION, (layer + 1) * (num_splits - 1))
-          fori(0, num_splits - 1, self.merge)
-
-        self.store_attended(b, head)
-        self.publish(ATTENTION)
+        with self.span("finish"):
+          fori(0, num_splits - 1, lambda j: self.merge(item + 1 + j, layer + 1))
+          self.send_attended(b, head, layer + 1)
 
     return i + jnp.maximum(end - first, 0) * slots_per_tile
 
-  def new_heads(self, head: Index) -> tuple[Index, Index]:
-    """Returns where in `qkv` a KV head's new key and value are."""
+  def receive_new(self, b: Index, head: Index, stamp: Index) -> None:
+    """Waits for the group's queries, and the new key and value."""
     g = self.geometry
-    key = g.num_attention_heads + head
-    return key, key + g.num_key_value_heads
+    first, row_words = self.plan.exchanges["qkv"]
+    head_words = g.head_dim // 2
+    row = first + b * row_words
+    words.receive(
+      self.words,
+      self.q,
+      row + head * g.group * head_words,
+      stamp,
+      row_words=head_words,
+      num_rows=g.group,
+      tiled=True,
+    )
+    words.receive(
+      self.words,
+      self.new,
+      row + (g.num_attention_heads + head) * head_words,
+      stamp,
+      row_words=head_words,
+      num_rows=2,
+      source_stride=g.num_key_value_heads * head_words,
+    )
+    # `wgmma` and bulk stores read what has been received.
+    plgpu.commit_smem()
 
   def attend_tile(
     self,
@@ -158,12 +170,15 @@ class AttentionPhase(Stream, Exchange):
     # The new token is not in the cache yet.
     @pl.when(t == position // TILE)
     def _() -> None:
-      row = lax.rem(position, I32(TILE))
-      for n in parts:
-        for tile, source in zip(
-          (k_tiles[n], v_tiles[n]), self.new_heads(head), strict=True
-        ):
-          self.patch(tile, row, self.qkv.at[b, source, pl.ds(n * TILE, TILE)])
+      first_row = k_slot * CHUNK_ROWS
+      words.patch(
+        self.ring,
+        self.new,
+        first_row,
+        first_row + TILE if g.head_dim == TILE else v_slot * CHUNK_ROWS,
+        lax.rem(position, I32(TILE)),
+        head_dim=g.head_dim,
+      )
       plgpu.commit_smem()
 
     def score(acc: Ref) -> jax.Array:
@@ -215,55 +230,60 @@ class AttentionPhase(Stream, Exchange):
     self, layer: Index, b: Index, head: Index, position: Index
   ) -> None:
     """Writes the new key and value of one KV head to the cache."""
-    # The last ones have been read from `new`.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for j, source in enumerate(self.new_heads(head)):
-      # Its first row is wanted.
-      rows = plgpu.load(
-        self.qkv.at[b, pl.ds(source, 8)],
-        layout=rows_layout(self.geometry.head_dim),
-        optimized=False,
-      )
-      mosaic.store(self.new.at[j], rows.astype(BF16))
-    plgpu.commit_smem()
     for j, cache in enumerate((self.k_cache, self.v_cache)):
       plgpu.copy_smem_to_gmem(
-        self.new.at[j, pl.ds(0, 1)],
+        self.new.at[pl.ds(j, 1)],
         cache.at[layer, b, head, pl.ds(position, 1)],
       )
 
-  def merge(self, j: Index) -> None:
-    """Adds the part of the CTA j + 1 further on to `state`."""
-    layout = rows_layout(TILE)
-    ours, theirs = (
-      [
-        plgpu.load(x.at[n], layout=layout, optimized=False)
-        for n in range(self.geometry.head_dim // TILE + 2)
-      ]
-      for x in (self.state, self.parts.at[self.cta + 1 + j])
+  def merge(self, item: Index, stamp: Index) -> None:
+    """Adds another part of the same head's keys to `state`."""
+    first, row_words = self.plan.exchanges["parts"]
+    group = self.geometry.group
+    words.receive(
+      self.words,
+      self.part,
+      first + item * row_words,
+      stamp,
+      row_words=row_words // group,
+      num_rows=group,
     )
+    ours, theirs = self.pieces(self.state), self.pieces(self.part)
     most = jnp.maximum(ours[0], theirs[0])
     shrink_ours, shrink_theirs = (jnp.exp(x[0] - most) for x in (ours, theirs))
-    mosaic.store(self.state.at[0], most)
-    for n in range(1, len(ours)):
-      mosaic.store(
-        self.state.at[n], ours[n] * shrink_ours + theirs[n] * shrink_theirs
-      )
+    merged = [
+      x * shrink_ours + y * shrink_theirs
+      for x, y in zip(ours[1:], theirs[1:], strict=True)
+    ]
+    for n, value in enumerate((most, *merged)):
+      mosaic.store(self.state.at[:, pl.ds(n * _HALF, _HALF)], value)
 
-  def store_attended(self, b: Index, head: Index) -> None:
-    """Stores a KV head's result, a row of H for each query of its group."""
+  def pieces(self, state: Ref) -> list[jax.Array]:
+    """Returns maximum, sum and weighted values, each `[8, 32]`, of a state."""
+    return [
+      plgpu.load(
+        state.at[:, pl.ds(n * _HALF, _HALF)],
+        layout=rows_layout(_HALF),
+        optimized=False,
+      )
+      for n in range((self.geometry.head_dim + TILE) // _HALF)
+    ]
+
+  def send_attended(self, b: Index, head: Index, stamp: Index) -> None:
+    """Sends a KV head's result, a row of H for each query of its group."""
     g = self.geometry
-    layout = rows_layout(TILE)
-    parts = range(g.head_dim // TILE)
-    total = plgpu.load(self.state.at[1], layout=layout, optimized=False)
-    for n in parts:
-      out = plgpu.load(self.state.at[2 + n], layout=layout, optimized=False)
-      mosaic.store(self.narrow.at[n], (out / total).astype(BF16))
-    plgpu.commit_smem()
-    for n in parts:
-      for query in range(g.group):
-        col = (head * g.group + query) * g.head_dim + n * TILE
-        plgpu.copy_smem_to_gmem(
-          self.narrow.at[n, pl.ds(query, 1)],
-          self.attended.at[pl.ds(b, 1), pl.ds(col, TILE)],
-        )
+    first, row_words = self.plan.exchanges["attended"]
+    _, total, *out = self.pieces(self.state)
+    for n, value in enumerate(out):
+      target = self.attended.at[:, pl.ds(n * _HALF, _HALF)]
+      mosaic.store(target, (value / total).astype(BF16))
+    words.send(
+      self.words,
+      first + b * row_words + head * (g.group * g.head_dim // 2),
+      self.attended,
+      0,
+      g.head_dim // 2,
+      stamp,
+      num_rows=g.group,
+      target_stride=g.head_dim // 2,
+    )

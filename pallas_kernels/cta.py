@@ -1,14 +1,14 @@
 """What one CTA of the kernel knows: its refs, its counters, its share."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import times
 from pallas_kernels.layouts import I32, Index, Ref
-from pallas_kernels.plan import NUM_PHASES, Plan
+from pallas_kernels.plan import QKV, Plan
 
 
 class CtaBase:
@@ -21,11 +21,8 @@ class CtaBase:
 
   table: Ref
   num_layers: Index
-  token_ids: Ref
-  positions: Ref
-  active: Ref
-  cos: Ref
-  sin: Ref
+  sequences: Ref
+  angles: Ref
   norms: Ref
   w_qkv: Ref
   w_o: Ref
@@ -33,54 +30,52 @@ class CtaBase:
   w_down: Ref
   w_lm_head: Ref
   embedding: Ref
+  words: Ref
   k_cache: Ref
   v_cache: Ref
 
+  times: Ref | None = None
   logits: Ref
   next_ids: Ref
-  residual: Ref
-  qkv: Ref
-  attended: Ref
-  hidden: Ref
-  candidates: Ref
-  partial: Ref
-  parts: Ref
 
   ring: Ref
   x: Ref
   q: Ref
   p: Ref
   sums: Ref
-  staging: Ref
-  halves: Ref
-  narrow_half: Ref
-  narrow: Ref
-  row: Ref
+  results: Ref
+  results_f32: Ref
+  residual: Ref
+  cos_sin: Ref
   state: Ref
+  attended: Ref
   new: Ref
+  part: Ref
   best: Ref
-  best_index: Ref
-  embedded: Ref
-  embedded_f32: Ref
+  candidates: Ref
   produced: Ref
   consumed: Ref
-  embedded_produced: Ref
+
+  # Which phase is being traced.
+  phase: int = QKV
 
   def __init__(self, plan: Plan, refs: dict[str, Any]):
     self.plan = plan
     self.geometry = plan.geometry
     vars(self).update(refs)
     self.cta = lax.axis_index("cta")
-    # Counters in device memory, zero at launch, which only ever grow.
-    self.published = pl.get_global(plgpu.SemaphoreType.REGULAR((NUM_PHASES,)))
-    self.joined = pl.get_global(
-      plgpu.SemaphoreType.REGULAR((NUM_PHASES * plan.num_ctas,))
+    self.token_ids, self.positions, self.active = (
+      self.sequences.at[n] for n in range(3)
     )
     # The scalar prefetch: all that steers the stream, read once.
     self.runs = {
-      matmul.name: tuple(self.table[self.cta, i, j] for j in range(3))
+      matmul.name: tuple(self.table[self.cta, i, j] for j in range(2))
       for i, matmul in enumerate(plan.schedule.matmuls)
     }
+
+  def span(self, kind: str) -> contextlib.AbstractContextManager[None]:
+    """Counts the cycles of what is traced inside, if that is asked for."""
+    return times.span(self.times, self.cta, self.phase, kind)
 
   def item(self, item: Index) -> tuple[Index, Index, Index]:
     """Returns batch index, KV head and split of an item of attention."""

@@ -6,19 +6,26 @@ size, F MLP width, V vocabulary, B batch, S cache slots.
 
 import dataclasses
 
-# A tile is what one `wgmma` takes as its M operand: 64 rows. A chunk is the
-# unit of the weight stream: a tile's next 128 columns, as two halves of 64, one
-# below the other, so that each half is a whole 128-byte swizzle atom wide.
-TILE = 64
-# Rows of two kinds meet in a tile, half of it each: see `packing`.
-HALF = TILE // 2
+# A unit is 8 rows of a matrix, whole: what one CTA multiplies and sums up alone.
+# Its columns are cut into 8 segments, and each segment of each row is a row of
+# the operand that `wgmma` takes with 64 rows. A segment meets its own part of
+# the activations: the other operand has a column for each segment, and of the
+# products only those of equal segments count.
+UNIT_ROWS = 8
+SEGMENTS = 8
+# A chunk is what the weight stream is made of: 128 columns of each segment of a
+# unit, as two halves of 64, one below the other, so that each half is a whole
+# 128-byte swizzle atom wide.
 CHUNK_COLS = 128
-CHUNK_ROWS = TILE * CHUNK_COLS // TILE
-CHUNK_BYTES = TILE * CHUNK_COLS * 2
-# `wgmma`'s smallest N: activations are padded to it in shared memory.
+CHUNK_ROWS = 2 * UNIT_ROWS * SEGMENTS
+CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLS
+# Columns of the matrix in a chunk, over all segments.
+CHUNK_WIDTH = SEGMENTS * CHUNK_COLS
+# Keys of the cache are taken 64 at a time.
+TILE = 64
 MAX_BATCH = 8
 MAX_GROUP = 8
-# Shared memory holds one normed activation vector per sequence.
+# Shared memory holds the normed activations of every sequence.
 MAX_HIDDEN_SIZE = 8192
 # Token ids are compared as float32.
 MAX_VOCAB_SIZE = 2**24
@@ -70,24 +77,29 @@ class Geometry:
     return self.num_attention_heads + 2 * self.num_key_value_heads
 
   @property
+  def attention_size(self) -> int:
+    """N H, what the heads put out together."""
+    return self.num_attention_heads * self.head_dim
+
+  @property
+  def hidden_rows(self) -> int:
+    """D, rounded up to whole units."""
+    return round_up(self.hidden_size, UNIT_ROWS)
+
+  @property
+  def gate_up_rows(self) -> int:
+    """Rows of gate and up together, rounded up to whole units."""
+    return round_up(2 * self.intermediate_size, UNIT_ROWS)
+
+  @property
+  def vocab_rows(self) -> int:
+    """V, rounded up to whole units."""
+    return round_up(self.vocab_size, UNIT_ROWS)
+
+  @property
   def padded_hidden_size(self) -> int:
     """D, rounded up to whole chunks."""
-    return round_up(self.hidden_size, CHUNK_COLS)
-
-  @property
-  def padded_attention_size(self) -> int:
-    """N H, rounded up to whole chunks."""
-    return round_up(self.num_attention_heads * self.head_dim, CHUNK_COLS)
-
-  @property
-  def padded_intermediate_size(self) -> int:
-    """F, rounded up to whole chunks."""
-    return round_up(self.intermediate_size, CHUNK_COLS)
-
-  @property
-  def padded_vocab_size(self) -> int:
-    """V, rounded up to whole tiles."""
-    return round_up(self.vocab_size, TILE)
+    return round_up(self.hidden_size, CHUNK_WIDTH)
 
 
 def check(geometry: Geometry, batch: int) -> None:

@@ -5,7 +5,7 @@ chunks of every matrix, and the keys and values it attends to, into a ring of
 shared-memory slots; it runs ahead of everything, bounded only by free slots.
 The compute warpgroup follows the same order and multiplies.
 
-CTAs exchange activations through device memory, see `exchange`. Nothing that is
+CTAs exchange activations through device memory, see `words`. Nothing that is
 read by a bulk load is written before it in the same launch. All CTAs must be on
 the device at once: two steps must not run at the same time on one GPU.
 
@@ -23,27 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, times
 from pallas_kernels.attention import AttentionPhase
-from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, TILE
-from pallas_kernels.layouts import (
-  BF16,
-  F32,
-  I32,
-  SWIZZLED,
-  Index,
-  fori,
-  rows_layout,
-)
+from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS
+from pallas_kernels.layouts import BF16, F32, I32, SWIZZLED, Index, rows_layout
 from pallas_kernels.matmul import MatmulPhases
 from pallas_kernels.plan import (
-  ATTENTION,
-  CANDIDATE,
-  DOWN,
-  EMBED,
-  GATE_UP,
-  LM_HEAD,
-  O_PROJ,
+  GROUP_ROWS,
+  INSTEAD_OF_X,
   QKV,
   Plan,
   operand_shapes,
@@ -57,192 +44,91 @@ _OPERANDS = ("x", "q", "p")
 class Cta(MatmulPhases, AttentionPhase):
   """One CTA's part of the step."""
 
-  def embed(self) -> int:
-    """Copies the tokens' rows to the residual stream, a chunk at a time.
-
-    Returns the number of publications that this takes, of all CTAs.
-    """
-    g, plan = self.geometry, self.plan
-    per_row = g.padded_hidden_size // CHUNK_COLS
-    num = plan.batch * per_row
-    lm_head = plan.schedule.lm_head
-    half = CHUNK_ROWS // 2
-
-    def item(j: Index) -> None:
-      index = self.cta + j * plan.num_ctas
-      b, k = index // per_row, lax.rem(index, I32(per_row))
-      token = self.token_ids[b]
-      chunk = token // TILE * per_row + k
-      source = self.embedding.at[
-        chunk // lm_head.run, lax.rem(chunk, I32(lm_head.run))
-      ]
-      for n in range(2):
-        plgpu.copy_gmem_to_smem(
-          source.at[n * half + lax.rem(token, I32(TILE))],
-          self.embedded.at[pl.ds(n * half, half)],
-          self.embedded_produced,
-        )
-      plgpu.barrier_wait(self.embedded_produced)
-      row = self.load_row(self.embedded, CHUNK_COLS)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      mosaic.store(self.embedded_f32, row.astype(F32))
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(
-        self.embedded_f32,
-        self.residual.at[0, b, pl.ds(k * CHUNK_COLS, CHUNK_COLS)],
-      )
-      self.publish(EMBED)
-
-    fori(0, (num - self.cta + plan.num_ctas - 1) // plan.num_ctas, item)
-    return num
+  def load_angles(self) -> None:
+    """Copies the angles to shared memory, the first ones again at the end."""
+    width = GROUP_ROWS // 2
+    num = self.cos_sin.shape[2] // width
+    for n in range(2):
+      for j in range(num):
+        at = j * width % self.angles.shape[2]
+        for b in range(self.plan.batch):
+          values = plgpu.load(
+            self.angles.at[n, b, pl.ds(at, width)],
+            layout=rows_layout(width).reduce(0),
+            optimized=False,
+          )
+          mosaic.store(self.cos_sin.at[n, b, pl.ds(j * width, width)], values)
 
   def compute(self) -> None:
     """Follows the stream through all phases of the step."""
-    g, plan, s = self.geometry, self.plan, self.plan.schedule
-    x_in, x_mid = self.residual.at[0], self.residual.at[1]
-    num_embedded = self.embed()
+    g, s = self.geometry, self.plan.schedule
+    self.load_angles()
 
-    def input_ready(layer: Index) -> None:
-      begins = layer == 0
-      self.wait_published(
-        jnp.where(begins, EMBED, DOWN),
-        jnp.where(begins, num_embedded, layer * s.down.num_owners),
-      )
+    def fill_normed(name: str, norm: Index, stamp: Index) -> None:
+      # Every matrix that comes after a norm has D columns, in one block.
+      self.receive_x(name, s.qkv, g.hidden_rows, 0, stamp)
+      self.norm_x(norm)
+      plgpu.commit_smem()
 
     def layer_step(layer: Index, i: Index) -> Index:
-      epoch = layer + 1
+      stamp = layer + 1
 
-      def fill_qkv() -> None:
-        input_ready(layer)
-        self.fill_normed(x_in, self.norms.at[2 * layer])
+      def fill_qkv(_: Index) -> None:
+        @pl.when(layer > 0)
+        def _() -> None:
+          self.receive_x("output", s.qkv, g.hidden_rows, 0, layer)
 
-      i = self.matmul(i, s.qkv, QKV, epoch, fill_qkv, None, self.finish_qkv)
+        self.norm_x(2 * layer)
+        plgpu.commit_smem()
 
-      def attend(item: Index, i: Index) -> Index:
-        self.wait_published(QKV, epoch * s.qkv.num_owners)
-        return self.attention_item(item, i, layer)
+      @pl.when(layer == 0)
+      def _() -> None:
+        self.embed()
 
-      i = self.for_items(attend, i)
+      i = self.matmul(
+        i, s.qkv, fill_qkv, functools.partial(self.finish_qkv, stamp)
+      )
+      i = self.for_items(lambda item, i: self.attention_item(item, i, layer), i)
 
-      def wait_attention() -> None:
-        num = plan.batch * g.num_key_value_heads
-        self.wait_published(ATTENTION, epoch * num)
-
-      attention_size = g.num_attention_heads * g.head_dim
-      padded = attention_size != g.padded_attention_size
-
-      def fill_o(start: Index, width: int) -> None:
-        self.fill_plain(
-          self.attended, start, width, attention_size if padded else None
-        )
+      def fill_o(block: Index) -> None:
+        self.receive_x("attended", s.o, g.attention_size, block, stamp)
+        plgpu.commit_smem()
 
       i = self.matmul(
         i,
         s.o,
-        O_PROJ,
-        epoch,
-        wait_attention,
         fill_o,
-        functools.partial(self.finish_residual, x_in, x_mid),
+        functools.partial(self.finish_residual, "middle", stamp),
       )
-
-      def fill_gate_up() -> None:
-        self.wait_published(O_PROJ, epoch * s.o.num_owners)
-        self.fill_normed(x_mid, self.norms.at[2 * layer + 1])
-
       i = self.matmul(
-        i, s.gate_up, GATE_UP, epoch, fill_gate_up, None, self.finish_gate_up
+        i,
+        s.gate_up,
+        lambda _: fill_normed("middle", 2 * layer + 1, stamp),
+        functools.partial(self.finish_gate_up, stamp),
       )
 
-      def wait_hidden() -> None:
-        self.wait_published(GATE_UP, epoch * s.gate_up.num_owners)
-
-      def fill_down(start: Index, width: int) -> None:
-        self.fill_plain(self.hidden, start, width, None)
+      def fill_down(block: Index) -> None:
+        self.receive_x("hidden", s.down, g.gate_up_rows // 2, block, stamp)
+        plgpu.commit_smem()
 
       return self.matmul(
         i,
         s.down,
-        DOWN,
-        epoch,
-        wait_hidden,
         fill_down,
-        functools.partial(self.finish_residual, x_mid, x_in),
+        functools.partial(self.finish_residual, "output", stamp),
       )
 
     i = lax.fori_loop(0, self.num_layers, layer_step, I32(0))
-
-    layout = rows_layout(TILE)
-    mosaic.store(
-      self.best, plgpu.layout_cast(jnp.full((8, TILE), -jnp.inf, F32), layout)
-    )
-    mosaic.store(
-      self.best_index,
-      plgpu.layout_cast(jnp.full((8, TILE), g.vocab_size, I32), layout),
-    )
-
-    def fill_lm_head() -> None:
-      input_ready(self.num_layers)
-      self.fill_normed(x_in, self.norms.at[2 * self.num_layers])
-
+    self.begin_choice()
     self.matmul(
-      i, s.lm_head, LM_HEAD, 1, fill_lm_head, None, self.finish_lm_head
+      i,
+      s.lm_head,
+      lambda _: fill_normed("output", 2 * self.num_layers, self.num_layers),
+      self.finish_lm_head,
     )
     self.choose()
-
-  def choose(self) -> None:
-    """Takes the largest logit, the first of equals."""
-    g, plan = self.geometry, self.plan
-    layout = rows_layout(TILE)
-
-    def spread(column: jax.Array) -> jax.Array:
-      return plgpu.layout_cast(
-        lax.broadcast_in_dim(column, (8, TILE), (0,)), layout
-      )
-
-    best, index = (
-      plgpu.load(x, layout=layout, optimized=False)
-      for x in (self.best, self.best_index)
-    )
-    top = spread(jnp.max(best, axis=1))
-    none = I32(g.padded_vocab_size)
-    top_index = spread(jnp.min(jnp.where(best == top, index, none), axis=1))
-    # The last logits have been read from the staging buffer.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for j, value in enumerate((top, top_index.astype(F32))):
-      mosaic.store(self.staging.at[j], value)
-    plgpu.commit_smem()
-    for j in range(2):
-      for b in range(plan.batch):
-        plgpu.copy_smem_to_gmem(
-          self.staging.at[j, pl.ds(b, 1), pl.ds(0, CANDIDATE)],
-          self.candidates.at[
-            j, pl.ds(b, 1), pl.ds(self.cta * CANDIDATE, CANDIDATE)
-          ],
-        )
-    self.publish(LM_HEAD)
-
-    @pl.when(self.cta == 0)
-    def _() -> None:
-      self.wait_published(LM_HEAD, plan.num_ctas)
-      width = plan.candidate_cols
-      strided = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
-      real = (
-        plgpu.broadcasted_iota(I32, (width,), 0, layout=strided)
-        < plan.num_ctas * CANDIDATE
-      )
-      for b in range(plan.batch):
-        logit, index = (
-          plgpu.load(self.candidates.at[j, b], layout=strided, optimized=False)
-          for j in range(2)
-        )
-        logit = jnp.where(real, logit, F32(-jnp.inf))
-        top = jnp.max(logit)
-        last = F32(g.vocab_size - 1)
-        first = jnp.min(jnp.where(logit == top, index, last))
-        # In range even if no logit is a number.
-        first = jnp.maximum(jnp.minimum(first, last), F32(0))
-        self.next_ids[b] = first.astype(I32)
+    # The new keys and values are in the cache.
+    plgpu.wait_smem_to_gmem(0)
 
 
 def make_step(
@@ -250,6 +136,7 @@ def make_step(
   *,
   interpret: Any = None,
   as_cluster: bool = False,
+  timed: bool = False,
   cta_class: type[Cta] = Cta,
 ) -> Callable[..., Any]:
   """Builds the kernel.
@@ -259,27 +146,20 @@ def make_step(
     interpret: parameters of Pallas' GPU interpreter, or None for the GPU.
     as_cluster: whether the CTAs form one cluster, which is what the interpreter
       runs concurrently, rather than a grid.
+    timed: whether the CTAs count where their time goes, see `times`. The
+      counters, zero, then come before the operands, as a `jax.Ref`.
     cta_class: what runs on each CTA; tests put faults in.
 
   Returns:
     A function of the operands of `operand_shapes`, in that order, the caches as
-    `jax.Ref`s that it extends in place. It returns a list that starts with
+    `jax.Ref`s that it extends in place, and so `words`, which are zero. It returns a list that starts with
     logits `[B, V]` float32 (V padded) and the greedy choice `[8]` int32.
   """
   g, p = plan.geometry, plan.num_ctas
-  halves = g.head_dim // TILE
-  names = list(operand_shapes(plan))
+  names = [*(["times"] if timed else []), *operand_shapes(plan)]
   out_types = dict(
-    logits=((plan.batch, g.padded_vocab_size), F32),
+    logits=((plan.batch, g.vocab_rows), F32),
     next_ids=((8,), I32),
-    residual=((2, 8, g.padded_hidden_size), F32),
-    qkv=((8, g.num_qkv_heads + 8, g.head_dim), F32),
-    # Filling x may read beyond the last column.
-    attended=((8, g.padded_attention_size + plan.x_cols), BF16),
-    hidden=((8, g.padded_intermediate_size + plan.x_cols), BF16),
-    candidates=((2, 8, plan.candidate_cols), F32),
-    partial=((p, 8, TILE), F32),
-    parts=((p, halves + 2, 8, TILE), F32),
   )
   arrays = {
     name: plgpu.SMEM(
@@ -287,26 +167,23 @@ def make_step(
     )
     for name, shape_dtype in scratch_shapes(plan).items()
   }
-  # Never both in use.
-  row_or_state = plgpu.RefUnion(arrays.pop("row"), arrays.pop("state"))
+  plain = [name for name in arrays if name not in _OPERANDS]
+  instead = [arrays.pop(name) for name in INSTEAD_OF_X]
   scratch: dict[str, Any] = dict(
     ring=plgpu.SMEM(
       (plan.num_slots, CHUNK_ROWS, CHUNK_COLS // 2), BF16, transforms=SWIZZLED
     ),
+    x_or_instead=plgpu.RefUnion([arrays.pop("x")], instead),
     **arrays,
-    row_or_state=row_or_state,
     produced=plgpu.Barrier(num_barriers=plan.num_slots, num_arrivals=2),
     consumed=plgpu.Barrier(num_barriers=plan.num_slots),
-    embedded_produced=plgpu.Barrier(num_arrivals=2),
   )
-  plain = (
-    "sums staging halves narrow_half narrow state new best best_index"
-  ).split()
 
   def body(*args: Any) -> None:
     refs = dict(zip([*names, *out_types, *scratch], args, strict=True))
     refs["num_layers"] = refs["num_layers"][0]
-    refs["row"], refs["state"] = refs.pop("row_or_state")
+    (refs["x"],), others = refs.pop("x_or_instead")
+    refs.update(zip(INSTEAD_OF_X, others, strict=True))
     cta = cta_class(plan, refs)
     wg = lax.axis_index("wg")
 
@@ -318,7 +195,10 @@ def make_step(
     def _compute_wg() -> None:
       if interpret is None:
         mosaic.keep_plain(*(refs[name] for name in plain))
-      cta.compute()
+      cta.phase = QKV
+      with cta.span("step"):
+        cta.compute()
+      times.count_sm(cta.times, cta.cta)
 
   axis: dict[str, Any] = dict(grid=(p,), grid_names=("cta",))
   if as_cluster:
@@ -347,6 +227,7 @@ def step(
   sin: jax.Array,
   k_cache: jax.Array,
   v_cache: jax.Array,
+  times_ref: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Runs one decode step; to be called under `jax.jit`.
 
@@ -361,31 +242,37 @@ def step(
     sin: likewise.
     k_cache: `[L, B, K, S, H]` bfloat16; donated, it is extended in place.
     v_cache: likewise.
+    times_ref: a `jax.Ref` for `times`, or None.
 
   Returns:
     Logits `[B, V]` float32, the greedy choice `[B]` int32, and the caches.
   """
   g = plan.geometry
-
-  def rows(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 8 - plan.batch), *[(0, 0)] * (x.ndim - 1)])
-
+  missing = 8 - plan.batch
+  # Few arrays: each costs a launch of its own.
+  sequences = jnp.stack(
+    [
+      jnp.clip(token_ids, 0, g.vocab_size - 1),
+      jnp.where(active, positions, 0),
+      active.astype(I32),
+    ]
+  )
+  angles = jnp.stack([cos, sin])
   k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-  logits, next_ids, *_ = make_step(plan)(
+  logits, next_ids, *_ = make_step(plan, timed=times_ref is not None)(
+    *([] if times_ref is None else [times_ref]),
     jnp.asarray(plan.schedule.table()),
     jnp.full((1,), g.num_hidden_layers, I32),
-    rows(jnp.clip(token_ids, 0, g.vocab_size - 1)),
-    rows(jnp.where(active, positions, 0)),
-    rows(active.astype(I32)),
-    rows(cos),
-    rows(sin),
-    packed["norms"],
+    jnp.pad(sequences, ((0, 0), (0, missing))),
+    jnp.pad(angles, ((0, 0), (0, missing), (0, 0))),
+    packed["norms"].reshape(operand_shapes(plan)["norms"][0]),
     packed["qkv"],
     packed["o"],
     packed["gate_up"],
     packed["down"],
     packed["lm_head"],
     packed["embedding"],
+    jax.new_ref(jnp.zeros((plan.num_words, 2), I32)),
     k_ref,
     v_ref,
   )

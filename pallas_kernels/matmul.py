@@ -1,6 +1,7 @@
-"""The matrix phases: products, sums over CTAs, and what becomes of a tile."""
+"""The matrix phases: products, sums over segments, and what becomes of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,213 +9,362 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, words
 from pallas_kernels.activations import Activations
-from pallas_kernels.exchange import Exchange
-from pallas_kernels.geometry import CHUNK_COLS, HALF, TILE
-from pallas_kernels.layouts import (
-  BF16,
-  F32,
-  I32,
-  Index,
-  Ref,
-  fori,
-  rows_layout,
-)
-from pallas_kernels.plan import LM_HEAD
+from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
+from pallas_kernels.layouts import BF16, F32, I32, Index, Ref, fori
+from pallas_kernels.plan import GROUP_ROWS, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul
 from pallas_kernels.stream import Stream
 
+_WGMMA = plgpu.Layout.WGMMA
+_PAIRS = GROUP_ROWS // 2
+# Results of two lanes each: 64 rows of 8 segments, and 32 pairs of rows.
+_ROWS_OF_8 = plgpu.Layout.TILED(
+  plgpu.Tiling(((GROUP_ROWS, 8), (16, 8), (4,))),
+  warp_dims=(-5,),
+  lane_dims=(-3, -2),
+  vector_dim=-1,
+)
+_PAIRS_OF_8 = plgpu.Layout.TILED(
+  plgpu.Tiling(((_PAIRS, 8), (8, 8), (2,))),
+  warp_dims=(-5,),
+  lane_dims=(-3, -2),
+  vector_dim=-1,
+)
+_ROW, _PAIR = _ROWS_OF_8.reduce(1), _PAIRS_OF_8.reduce(1)
 
-class MatmulPhases(Stream, Exchange, Activations):
-  """Weights are the operand with 64 rows, activations the one with 8."""
+
+class MatmulPhases(Stream, Activations):
+  """Weights are the operand with 64 rows, activations the other one."""
 
   def matmul(
     self,
     i: Index,
     matmul: Matmul,
-    phase: int,
-    epoch: Index,
-    fill: Callable[[], None],
-    fill_block: Callable[[Index, int], None] | None,
-    finish: Callable[[Index], None],
+    fill: Callable[[Index], None],
+    finish: Callable[[Index, Index], None],
   ) -> Index:
-    """Multiplies this CTA's run of a matrix with the activations.
+    """Multiplies this CTA's units of a matrix with the activations.
 
     Args:
       i: index in the stream.
       matmul: how the matrix is dealt out.
-      phase: which it is.
-      epoch: how often it has come, this time included.
-      fill: called once: waits for the input and may write it to x.
-      fill_block: called with first column and number of columns of each block
-        that does not fit in x with all others; None if x holds everything.
-      finish: called with each tile that this CTA owns, the sums in `sums`.
+      fill: called with the number of a block of columns: waits for the input
+        and writes it to x. Once, if all columns are one block.
+      finish: called for each group of units when their sums are in `sums`, with
+        the first row of the matrix and the number of rows.
 
     Returns:
       The stream's next index.
     """
-    first, count, joins = self.runs[matmul.name]
-    per_tile = matmul.chunks_per_tile
-    end = first + count
+    plan = self.plan
+    self.phase = PHASE_OF[matmul.name]
+    first, count = self.runs[matmul.name]
+    per_unit, num_blocks = matmul.chunks_per_unit, plan.num_blocks(matmul)
 
     @pl.when(count > 0)
     def _() -> None:
-      fill()
+      if num_blocks == 1:
+        with self.span("fill"):
+          fill(0)
 
-      def tile(t: Index) -> None:
-        begin = jnp.maximum(first, t * per_tile)
-        stop = jnp.minimum(end, (t + 1) * per_tile)
+      def group(n: Index) -> None:
+        begin = n * GROUP_UNITS
+        num_units = jnp.minimum(count - begin, GROUP_UNITS)
+        if num_blocks == 1:
+          with self.span("multiply"):
+            fori(
+              0,
+              num_units,
+              lambda u: self.multiply_unit(
+                i + (begin + u) * per_unit, per_unit, u, False
+              ),
+            )
+        else:
+          for block in range(num_blocks):
+            self._group_block(i, begin, num_units, block, matmul, fill)
+        with self.span("finish"):
+          finish((first + begin) * UNIT_ROWS, num_units * UNIT_ROWS)
 
-        def accumulate(acc: Ref) -> jax.Array:
-          def step(j: Index, x_chunk: Index) -> None:
-            def use(chunk: Ref) -> None:
-              for half in range(2):
-                plgpu.wgmma(
-                  acc,
-                  chunk.at[pl.ds(half * TILE, TILE)],
-                  self.x.at[
-                    :, pl.ds(x_chunk * CHUNK_COLS + half * TILE, TILE)
-                  ].transpose((1, 0)),
-                )
-              plgpu.wgmma_wait(0)
+      fori(0, (count + GROUP_UNITS - 1) // GROUP_UNITS, group)
 
-            self.consume(i + j - first, use)
+    return i + count * per_unit
 
-          if fill_block is None:
-            fori(begin, stop, lambda j: step(j, j - t * per_tile))
-          else:
-            most = self.plan.block_chunks(matmul)
+  def _group_block(
+    self,
+    i: Index,
+    begin: Index,
+    num_units: Index,
+    block: int,
+    matmul: Matmul,
+    fill: Callable[[Index], None],
+  ) -> None:
+    """Multiplies one block of columns of a group's units."""
+    per_unit = matmul.chunks_per_unit
+    per_block = self.plan.block_chunks(matmul)
+    num_chunks = min(per_block, per_unit - block * per_block)
+    with self.span("fill"):
+      fill(block)
+    # The stream brings the group's chunks block by block.
+    at = i + begin * per_unit + num_units * (block * per_block)
+    fori(
+      0,
+      num_units,
+      lambda u: self.multiply_unit(
+        at + u * num_chunks, num_chunks, u, block > 0
+      ),
+    )
 
-            def block(n: Index) -> None:
-              lower = begin + n * most
-              upper = jnp.minimum(stop, lower + most)
-              fill_block((lower - t * per_tile) * CHUNK_COLS, most * CHUNK_COLS)
-              fori(lower, upper, lambda j: step(j, j - lower))
+  def multiply_unit(
+    self, i: Index, num_chunks: int, u: Index, adds: bool
+  ) -> None:
+    """Multiplies a unit's next chunks and stores, or adds, to `sums`.
 
-            fori(0, (stop - begin + most - 1) // most, block)
-          return acc[...]
+    Args:
+      i: index in the stream.
+      num_chunks: how many.
+      u: the unit's number in its group.
+      adds: whether there is a sum already.
+    """
+    batch = self.plan.batch
 
-        sums = pl.run_scoped(accumulate, plgpu.ACC((TILE, 8), F32))
-        # The last stores have been read from the staging buffers.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        mosaic.store(
-          self.sums.transpose((1, 0)),
-          plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED),
+    def accumulate(acc: Ref) -> jax.Array:
+      def step(j: Index) -> None:
+        def use(chunk: Ref) -> None:
+          for half in range(2):
+            plgpu.wgmma(
+              acc,
+              chunk.at[pl.ds(half * TILE, TILE)],
+              self.x.at[:, pl.ds(j * CHUNK_COLS + half * TILE, TILE)].transpose(
+                (1, 0)
+              ),
+            )
+          plgpu.wgmma_wait(0)
+
+        self.consume(i + j, use)
+
+      fori(0, num_chunks, step)
+      return acc[...]
+
+    products = pl.run_scoped(
+      accumulate, plgpu.ACC((TILE, SEGMENTS * batch), F32)
+    )
+    shape = (TILE, SEGMENTS)
+    row, col = (
+      plgpu.broadcasted_iota(I32, shape, axis, layout=_WGMMA) for axis in (0, 1)
+    )
+    own = lax.rem(row, I32(SEGMENTS)) == col
+    for b in range(batch):
+      of_one = products
+      if batch > 1:
+        of_one = lax.slice(
+          products, (0, b * SEGMENTS), (TILE, (b + 1) * SEGMENTS)
         )
-        owned = begin == t * per_tile
+      # A row's segment meets its own columns only.
+      sums = jnp.sum(jnp.where(own, of_one, F32(0)), axis=1)
+      target = self.sums.at[b, pl.ds(u * TILE, TILE)]
+      if adds:
+        sums = sums + plgpu.load(
+          target, layout=_WGMMA.reduce(1), optimized=False
+        )
+      mosaic.store(target, sums)
 
-        @pl.when(jnp.logical_not(owned))
-        def _() -> None:
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(
-            self.sums.at[pl.ds(0, self.plan.batch)],
-            self.partial.at[self.cta, pl.ds(0, self.plan.batch)],
-          )
-          self.join(phase, (t * per_tile) // matmul.run)
+  def result(self, b: Index) -> jax.Array:
+    """Returns a group's 64 results."""
+    sums = self.sums.at[b].reshape(GROUP_ROWS, SEGMENTS)
+    return jnp.sum(plgpu.load(sums, layout=_ROWS_OF_8, optimized=False), axis=1)
 
-        @pl.when(owned)
-        def _() -> None:
-          @pl.when(stop < (t + 1) * per_tile)
-          def _() -> None:
-            self.wait_joined(phase, epoch * joins)
-
-            def add(j: Index) -> None:
-              layout = rows_layout(TILE)
-              mosaic.store(
-                self.sums,
-                plgpu.load(self.sums, layout=layout, optimized=False)
-                + self.load_rows(self.partial.at[self.cta + 1 + j], 0, TILE),
-              )
-
-            fori(0, joins, add)
-
-          finish(t)
-
-      fori(first // per_tile, (end + per_tile - 1) // per_tile, tile)
-
-      # `choose` publishes for the LM head.
-      if phase != LM_HEAD:
-        owner = (first + per_tile - 1) // per_tile * per_tile < end
-
-        @pl.when(owner)
-        def _() -> None:
-          self.publish(phase)
-
-    return i + count
-
-  def result(self) -> jax.Array:
-    """Returns a tile's sums `[8, 64]`."""
-    return plgpu.load(self.sums, layout=rows_layout(TILE), optimized=False)
-
-  def result_halves(self) -> list[jax.Array]:
-    """Returns the two halves of a tile's sums, each `[8, 32]`."""
+  def result_pairs(self, b: Index) -> list[jax.Array]:
+    """Returns the 32 results of a group's even rows, and of its odd ones."""
+    sums = self.sums.at[b].reshape(_PAIRS, 2 * SEGMENTS)
     return [
-      plgpu.load(
-        self.sums.at[:, pl.ds(j * HALF, HALF)],
-        layout=rows_layout(HALF),
-        optimized=False,
+      jnp.sum(
+        plgpu.load(
+          sums.at[:, pl.ds(n * SEGMENTS, SEGMENTS)],
+          layout=_PAIRS_OF_8,
+          optimized=False,
+        ),
+        axis=1,
       )
-      for j in range(2)
+      for n in range(2)
     ]
 
-  def finish_qkv(self, t: Index) -> None:
-    """Applies rope to queries and keys; stores the tile."""
+  def send_results(
+    self, name: str, row: Index, num_rows: Index, stamp: Index, **kwargs: Any
+  ) -> None:
+    """Sends what is in `results` to whoever needs it.
+
+    Args:
+      name: what it is, see `Plan.exchanges`.
+      row: where in it the results begin.
+      num_rows: how many results there are.
+      stamp: of this layer.
+      **kwargs: for `words.send`.
+    """
+    first, row_words = self.plan.exchanges[name]
+    words.send(
+      self.words,
+      first,
+      self.results,
+      row // 2,
+      num_rows // 2,
+      stamp,
+      target_stride=row_words,
+      **kwargs,
+    )
+
+  def finish_qkv(self, stamp: Index, row: Index, num_rows: Index) -> None:
+    """Applies rope to queries and keys; sends them and the values."""
     g = self.geometry
-    blocks = g.head_dim // TILE
-    head, block = t // blocks, lax.rem(t, I32(blocks))
-    rotated = head < g.num_attention_heads + g.num_key_value_heads
-    a, b = self.result_halves()
-    cos, sin = (
-      plgpu.load(
-        x.at[:, pl.ds(block * HALF, HALF)],
-        layout=rows_layout(HALF),
-        optimized=False,
+    half = g.head_dim // 2
+    pair = row // 2
+    num_turned = (g.num_attention_heads + g.num_key_value_heads) * half
+    start = lax.rem(pair, I32(half))
+    index = plgpu.broadcasted_iota(I32, (_PAIRS,), 0, layout=_PAIR) + pair
+    turned = index < num_turned
+
+    def sequence(b: Index) -> None:
+      x, y = self.result_pairs(b)
+      cos, sin = (
+        plgpu.load(
+          self.cos_sin.at[n, b, pl.ds(start, _PAIRS)],
+          layout=_PAIR,
+          optimized=False,
+        )
+        for n in range(2)
       )
-      for x in (self.cos, self.sin)
-    )
-    # Values are turned by the angle 0.
-    turn = jnp.where(rotated, F32(1), F32(0))
-    cos, sin = cos * turn + (1 - turn), sin * turn
-    targets = [
-      self.qkv.at[
-        pl.ds(0, self.plan.batch),
-        head,
-        pl.ds(j * (g.head_dim // 2) + block * HALF, HALF),
-      ]
-      for j in range(2)
-    ]
-    self.store_halves(
-      self.halves, (a * cos - b * sin, b * cos + a * sin), targets
+      cos = jnp.where(turned, cos, F32(1))
+      sin = jnp.where(turned, sin, F32(0))
+      for n, value in enumerate((x * cos - y * sin, y * cos + x * sin)):
+        target = self.results.at[b, pl.ds(n * _PAIRS, _PAIRS)]
+        mosaic.store(target, value.astype(BF16))
+
+    fori(0, self.plan.batch, sequence)
+    self.send_results("qkv", row, num_rows, stamp, half_head=g.head_dim // 4)
+
+  def finish_residual(
+    self, name: str, stamp: Index, row: Index, num_rows: Index
+  ) -> None:
+    """Adds to this CTA's rows of the residual stream, and sends them."""
+    first, _ = self.runs["o"]
+    at = row - first * UNIT_ROWS
+
+    def sequence(b: Index) -> None:
+      residual = self.residual.at[b, pl.ds(at, GROUP_ROWS)]
+      y = self.result(b) + plgpu.load(residual, layout=_ROW, optimized=False)
+      mosaic.store(residual, y)
+      mosaic.store(self.results.at[b], y.astype(BF16))
+
+    fori(0, self.plan.batch, sequence)
+    self.send_results(name, row, num_rows, stamp)
+
+  def finish_gate_up(self, stamp: Index, row: Index, num_rows: Index) -> None:
+    """Sends `silu(gate) * up`."""
+
+    def sequence(b: Index) -> None:
+      gate, up = self.result_pairs(b)
+      y = gate * (1 / (1 + jnp.exp(-gate))) * up
+      mosaic.store(self.results.at[b, pl.ds(0, _PAIRS)], y.astype(BF16))
+
+    fori(0, self.plan.batch, sequence)
+    self.send_results(
+      "hidden", row // 2, num_rows // 2, stamp, row_payloads=_PAIRS // 2
     )
 
-  def finish_residual(self, source: Ref, target: Ref, t: Index) -> None:
-    """Adds the tile to the residual stream."""
-    x = self.load_rows(source, t * TILE, TILE)
-    self.store_tile(
-      self.result() + x,
-      target.at[pl.ds(0, self.plan.batch), pl.ds(t * TILE, TILE)],
-    )
+  def begin_choice(self) -> None:
+    """Says that no logit has come yet."""
+    for n, value in enumerate((-jnp.inf, float(self.geometry.vocab_size))):
+      for b in range(self.plan.batch):
+        mosaic.store(
+          self.best.at[n * self.plan.batch + b],
+          plgpu.layout_cast(jnp.full((GROUP_ROWS,), value, F32), _ROW),
+        )
 
-  def finish_gate_up(self, t: Index) -> None:
-    """Stores `silu(gate) * up`."""
-    gate, up = self.result_halves()
-    target = self.hidden.at[pl.ds(0, self.plan.batch), pl.ds(t * HALF, HALF)]
-    y = gate * (1 / (1 + jnp.exp(-gate))) * up
-    self.store_halves(self.narrow_half, [y.astype(BF16)], [target])
-
-  def finish_lm_head(self, t: Index) -> None:
+  def finish_lm_head(self, row: Index, num_rows: Index) -> None:
     """Stores logits; keeps the largest of each lane."""
-    y = self.result()
-    self.store_tile(
-      y, self.logits.at[pl.ds(0, self.plan.batch), pl.ds(t * TILE, TILE)]
+    lane = plgpu.broadcasted_iota(I32, (GROUP_ROWS,), 0, layout=_ROW)
+    index = lane + row
+    real = (index < self.geometry.vocab_size) & (lane < num_rows)
+
+    def sequence(b: Index) -> None:
+      y = self.result(b)
+      mosaic.store(self.results_f32.at[b], y)
+      y = jnp.where(real, y, F32(-jnp.inf))
+      best, best_index = (
+        plgpu.load(
+          self.best.at[n * self.plan.batch + b], layout=_ROW, optimized=False
+        )
+        for n in range(2)
+      )
+      # Rows come in ascending order: the first of equals stays.
+      better = y > best
+      mosaic.store(self.best.at[b], jnp.where(better, y, best))
+      mosaic.store(
+        self.best.at[self.plan.batch + b],
+        jnp.where(better, index.astype(F32), best_index),
+      )
+
+    fori(0, self.plan.batch, sequence)
+    words.put(self.results_f32, self.logits, row, num_rows)
+
+  def choose(self) -> None:
+    """Takes the largest logit, the first of equals."""
+    g, plan = self.geometry, self.plan
+    first, row_words = plan.exchanges["candidates"]
+    none = F32(g.vocab_size)
+
+    def own(b: Index) -> None:
+      best, index = (
+        plgpu.load(
+          self.best.at[n * self.plan.batch + b], layout=_ROW, optimized=False
+        )
+        for n in range(2)
+      )
+      top = jnp.max(best)
+      top_index = jnp.min(jnp.where(best == top, index, none))
+      for n, value in enumerate((top, top_index)):
+        spread = plgpu.layout_cast(jnp.full((GROUP_ROWS,), value, F32), _ROW)
+        mosaic.store(self.best.at[n * self.plan.batch + b], spread)
+
+    fori(0, plan.batch, own)
+    words.send(
+      self.words,
+      first,
+      self.best,
+      self.cta,
+      1,
+      1,
+      target_stride=row_words,
+      row_payloads=1,
     )
-    layout = rows_layout(TILE)
-    index = plgpu.broadcasted_iota(I32, (8, TILE), 1, layout=layout) + t * TILE
-    y = jnp.where(index < self.geometry.vocab_size, y, F32(-jnp.inf))
-    best = plgpu.load(self.best, layout=layout, optimized=False)
-    best_index = plgpu.load(self.best_index, layout=layout, optimized=False)
-    # Tiles come in ascending order: the first of equals stays.
-    better = y > best
-    mosaic.store(self.best, jnp.where(better, y, best))
-    mosaic.store(self.best_index, jnp.where(better, index, best_index))
+
+    @pl.when(self.cta == 0)
+    def _() -> None:
+      width = plan.candidate_cols
+      strided = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
+      real = (
+        plgpu.broadcasted_iota(I32, (width,), 0, layout=strided) < plan.num_ctas
+      )
+      for b in range(plan.batch):
+        for n in range(2):
+          words.receive(
+            self.words,
+            self.candidates.at[n],
+            first + (n * plan.batch + b) * row_words,
+            1,
+            row_words=width,
+            num_rows=1,
+            valid=plan.num_ctas,
+          )
+        logit, index = (
+          plgpu.load(self.candidates.at[n], layout=strided, optimized=False)
+          for n in range(2)
+        )
+        logit = jnp.where(real, logit, F32(-jnp.inf))
+        top = jnp.max(logit)
+        last = F32(g.vocab_size - 1)
+        chosen = jnp.min(jnp.where(real & (logit == top), index, last))
+        # In range even if no logit is a number.
+        chosen = jnp.maximum(jnp.minimum(chosen, last), F32(0))
+        self.next_ids[b] = chosen.astype(I32)

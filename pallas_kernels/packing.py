@@ -1,19 +1,25 @@
 """Weights in the order in which the kernel streams them.
 
 `[out, in]` matrices become chunks `[..., P, n, 128, 64]` bfloat16: CTA p reads
-its n chunks from front to back. Rows and columns are padded with zeros. What
-packs and what unpacks are inverses bit for bit, NaNs included.
+its n chunks from front to back, see `geometry` for what is in one. Row `64 h +
+8 r + s` of a chunk is 64 columns, half h of its 128, of segment s of the unit's
+row r. Rows and columns are padded with zeros. What packs and what unpacks are
+inverses bit for bit, NaNs included.
 
-Rows are permuted where the results of two rows meet: 32 rows of one kind, then
-the 32 that they meet, in every tile of 64. Those are the two halves of a head,
-for rope, and gate and up.
+Rows alternate where the results of two rows meet: the two halves of a head, for
+rope, and gate and up.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, HALF, TILE
+from pallas_kernels.geometry import (
+  CHUNK_COLS,
+  CHUNK_ROWS,
+  SEGMENTS,
+  UNIT_ROWS,
+)
 from pallas_kernels.schedule import Matmul
 
 
@@ -40,13 +46,14 @@ def pack_matrix(matmul: Matmul, rows: jax.Array) -> jax.Array:
   pad = [(0, 0)] * len(lead)
   margins = [*pad, (0, matmul.rows - out), (0, matmul.cols - cols)]
   x = jnp.pad(_bits(rows), margins)
-  tiles, chunks = matmul.num_tiles, matmul.chunks_per_tile
-  x = x.reshape(*lead, tiles, TILE, chunks, 2, CHUNK_COLS // 2)
-  x = jnp.moveaxis(x, -4, -2)  # tiles, chunks, 2, TILE, 64
-  x = x.reshape(*lead, matmul.num_chunks, CHUNK_ROWS, CHUNK_COLS // 2)
-  total = matmul.num_ctas * matmul.run
-  x = jnp.pad(x, [*pad, (0, total - matmul.num_chunks), (0, 0), (0, 0)])
-  x = x.reshape(*lead, matmul.num_ctas, matmul.run, *x.shape[-2:])
+  units, chunks = matmul.num_units, matmul.chunks_per_unit
+  x = x.reshape(*lead, units, UNIT_ROWS, SEGMENTS, chunks, 2, CHUNK_COLS // 2)
+  # Rows and segments behind chunks and halves.
+  x = jnp.moveaxis(x, (-5, -4), (-3, -2))
+  x = x.reshape(*lead, -1, CHUNK_ROWS, CHUNK_COLS // 2)
+  total = matmul.num_ctas * matmul.run_chunks
+  x = jnp.pad(x, [*pad, (0, total - x.shape[-3]), (0, 0), (0, 0)])
+  x = x.reshape(*lead, matmul.num_ctas, matmul.run_chunks, *x.shape[-2:])
   return _weights(x)
 
 
@@ -65,47 +72,38 @@ def unpack_matrix(
     `[..., out, cols]` bfloat16.
   """
   lead = packed.shape[:-4]
-  tiles, chunks = matmul.num_tiles, matmul.chunks_per_tile
+  units, chunks = matmul.num_units, matmul.chunks_per_unit
   x = _bits(packed).reshape(*lead, -1, CHUNK_ROWS, CHUNK_COLS // 2)
-  x = x[..., : matmul.num_chunks, :, :]
-  x = x.reshape(*lead, tiles, chunks, 2, TILE, CHUNK_COLS // 2)
-  x = jnp.moveaxis(x, -2, -4)
+  x = x[..., : units * chunks, :, :]
+  x = x.reshape(*lead, units, chunks, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
+  x = jnp.moveaxis(x, (-3, -2), (-5, -4))
   x = x.reshape(*lead, matmul.rows, matmul.cols)
   return _weights(x[..., :out, :cols])
 
 
 def permute_heads(rows: jax.Array, head_dim: int) -> jax.Array:
-  """Puts the rows that rope joins into the same tile; `[..., heads H, in]`."""
+  """Alternates the rows that rope joins; `[..., heads H, in]`."""
   *lead, out, cols = rows.shape
-  x = rows.reshape(*lead, -1, 2, head_dim // TILE, HALF, cols)
-  return jnp.swapaxes(x, -4, -3).reshape(*lead, out, cols)
+  x = rows.reshape(*lead, -1, 2, head_dim // 2, cols)
+  return jnp.swapaxes(x, -3, -2).reshape(*lead, out, cols)
 
 
 def unpermute_heads(rows: jax.Array, head_dim: int) -> jax.Array:
   """Undoes `permute_heads`."""
   *lead, out, cols = rows.shape
-  x = rows.reshape(*lead, -1, head_dim // TILE, 2, HALF, cols)
-  return jnp.swapaxes(x, -4, -3).reshape(*lead, out, cols)
+  x = rows.reshape(*lead, -1, head_dim // 2, 2, cols)
+  return jnp.swapaxes(x, -3, -2).reshape(*lead, out, cols)
 
 
 def interleave(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """Alternates 32 rows of each; two `[..., F, in]` to `[..., 2 F', in]`.
-
-  F' is F rounded up to a multiple of 32, padded with zeros.
-  """
+  """Alternates rows of each; two `[..., F, in]` to `[..., 2 F, in]`."""
   *lead, out, cols = gate.shape
-  pad = [*[(0, 0)] * len(lead), (0, -out % HALF), (0, 0)]
-  both = [
-    jnp.pad(_bits(x), pad).reshape(*lead, -1, 1, HALF, cols) for x in (gate, up)
-  ]
-  return _weights(jnp.concatenate(both, axis=-3).reshape(*lead, -1, cols))
+  both = jnp.stack([_bits(gate), _bits(up)], axis=-2)
+  return _weights(both.reshape(*lead, 2 * out, cols))
 
 
 def deinterleave(rows: jax.Array, out: int) -> tuple[jax.Array, jax.Array]:
-  """Undoes `interleave`: two `[..., out, in]`."""
+  """Undoes `interleave`: two `[..., F, in]`, F = `out`."""
   *lead, _, cols = rows.shape
-  x = rows.reshape(*lead, -1, 2, HALF, cols)
-  gate, up = (
-    x[..., i, :, :].reshape(*lead, -1, cols)[..., :out, :] for i in (0, 1)
-  )
-  return gate, up
+  x = rows[..., : 2 * out, :].reshape(*lead, out, 2, cols)
+  return x[..., 0, :], x[..., 1, :]

@@ -18,22 +18,28 @@ from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
   CHUNK_ROWS,
-  HALF,
+  SEGMENTS,
   TILE,
+  UNIT_ROWS,
   Geometry,
   round_up,
 )
 from pallas_kernels.schedule import (
+  MIN_TILES_PER_SPLIT,
   Matmul,
   Schedule,
   make_schedule,
   max_splits,
 )
 
-# Phases of a step, in their order: each has a counter of those who published
-# their results. EMBED comes once, before the layers, and LM_HEAD once, after.
-NUM_PHASES = 7
-EMBED, QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(NUM_PHASES)
+# Phases of a layer in their order; LM_HEAD comes once, after the layers.
+NUM_PHASES = 6
+QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(NUM_PHASES)
+PHASE_OF = dict(qkv=QKV, o=O_PROJ, gate_up=GATE_UP, down=DOWN, lm_head=LM_HEAD)
+
+# Units whose results are finished together.
+GROUP_UNITS = 8
+GROUP_ROWS = GROUP_UNITS * UNIT_ROWS
 
 # Shared memory that a CTA may use on Hopper, less the ring's barriers.
 SMEM_BYTES = 232448 - 256
@@ -41,11 +47,12 @@ SMEM_BYTES = 232448 - 256
 _SMEM_ALIGNMENT_BYTES = 1024
 # What sums and maxima over warps go through.
 _REDUCTION_BYTES = 2048
-_MIN_X_COLS = 512
+# Activations that do not fit in this come in blocks.
+_X_BYTES = 65536
+# Arrays in shared memory that take the place of x, when x is not in use.
+INSTEAD_OF_X = ("state", "part", "attended", "candidates")
 # Score of a key that is not to be seen: its weight is 0.
 MASKED = -1e30
-# Copies of each CTA's best logit: the smallest bulk store is 16 bytes.
-CANDIDATE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,8 @@ class Plan:
   @property
   def splits(self) -> int:
     """Into how many parts the keys of a KV head may be cut."""
-    return max_splits(self.geometry, self.batch, self.num_ctas)
+    most = -(-self.capacity // (TILE * MIN_TILES_PER_SPLIT))
+    return min(most, max_splits(self.geometry, self.batch, self.num_ctas))
 
   @property
   def num_items(self) -> int:
@@ -78,39 +86,70 @@ class Plan:
     return self.batch * g.num_key_value_heads * self.splits
 
   @property
-  def x_cols(self) -> int:
-    """Columns of activations that shared memory holds."""
-    return max(_MIN_X_COLS, self.geometry.padded_hidden_size)
+  def x_chunks(self) -> int:
+    """Chunks of columns of which shared memory holds the activations."""
+    normed = self.schedule.qkv.chunks_per_unit
+    longest = max(m.chunks_per_unit for m in self.schedule.matmuls)
+    chunk_bytes = self.batch * SEGMENTS * CHUNK_COLS * 2
+    return max(normed, min(longest, _X_BYTES // chunk_bytes))
+
+  def num_blocks(self, matmul: Matmul) -> int:
+    """Into how many blocks a unit's chunks are cut, evenly."""
+    return -(-matmul.chunks_per_unit // self.x_chunks)
 
   def block_chunks(self, matmul: Matmul) -> int:
-    """Chunks for which activations that are not normed are filled in at once.
+    """Chunks of a block; the last one may be shorter."""
+    return -(-matmul.chunks_per_unit // self.num_blocks(matmul))
 
-    A run is cut evenly into as few blocks as shared memory allows.
+  @property
+  def exchanges(self) -> dict[str, tuple[int, int]]:
+    """First word and words per row of what CTAs send each other.
+
+    Rows are sequences; of `parts`, items of attention; of `candidates`, logits
+    and then indices of each sequence. A word holds two bfloat16 or one float32,
+    see `words`.
     """
-    most = self.x_cols // CHUNK_COLS
-    longest = min(matmul.run, matmul.chunks_per_tile)
-    num_blocks = -(-longest // most)
-    return -(-longest // num_blocks)
+    g = self.geometry
+    words = dict(
+      qkv=(self.batch, g.num_qkv_heads * g.head_dim // 2),
+      attended=(self.batch, g.attention_size // 2),
+      middle=(self.batch, g.hidden_rows // 2),
+      hidden=(self.batch, g.gate_up_rows // 4),
+      output=(self.batch, g.hidden_rows // 2),
+      parts=(
+        self.num_items if self.splits > 1 else 0,
+        g.group * (g.head_dim + TILE),
+      ),
+      candidates=(2 * self.batch, self.candidate_cols),
+    )
+    first, found = 0, {}
+    for name, (rows, row_words) in words.items():
+      found[name] = (first, row_words)
+      first += rows * row_words
+    return {**found, "end": (first, 0)}
+
+  @property
+  def num_words(self) -> int:
+    """Words in device memory."""
+    return self.exchanges["end"][0]
 
   @property
   def candidate_cols(self) -> int:
-    """Columns of the array in which the CTAs' best logits meet."""
-    return round_up(self.num_ctas * CANDIDATE, 128)
+    """One for each CTA, rounded up."""
+    return round_up(self.num_ctas, 128)
 
   @property
   def fixed_smem_bytes(self) -> int:
     """Shared memory beside the ring, as Mosaic lays it out."""
-    sizes_bytes = {
-      name: math.prod(shape) * jnp.dtype(dtype).itemsize
+    aligned_bytes = {
+      name: round_up(
+        math.prod(shape) * jnp.dtype(dtype).itemsize, _SMEM_ALIGNMENT_BYTES
+      )
       for name, (shape, dtype) in scratch_shapes(self).items()
     }
-    # These two share their place.
-    row_bytes, state_bytes = sizes_bytes.pop("row"), sizes_bytes.pop("state")
-    sizes_bytes["row_or_state"] = max(row_bytes, state_bytes)
-    aligned_bytes = [
-      round_up(n, _SMEM_ALIGNMENT_BYTES) for n in sizes_bytes.values()
-    ]
-    return sum(aligned_bytes) + _REDUCTION_BYTES
+    instead_bytes = sum(aligned_bytes.pop(name) for name in INSTEAD_OF_X)
+    aligned_bytes["x"] = max(aligned_bytes["x"], instead_bytes)
+    return sum(aligned_bytes.values()) + _REDUCTION_BYTES
 
   @property
   def num_slots(self) -> int:
@@ -130,14 +169,16 @@ def make_plan(
 def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Returns shape and dtype of each operand, in the order of the arguments.
 
-  Arrays per sequence have 8 rows; those beyond B have no meaning. `norms` holds
+  `sequences` has token ids, positions (0 of inactive sequences) and whether a
+  sequence is active, `angles` the cosines and the sines of the positions; of 8
+  sequences, those beyond B without a meaning. `norms` holds
   each layer's `input_layernorm` and `post_attention_layernorm`, then the final
-  norm, padded with zeros. `positions` of inactive sequences are 0.
+  norm, padded with zeros. `words` is zero, see there.
   """
   g, s = plan.geometry, plan.schedule
 
   def packed(m: Matmul, *lead: int) -> tuple[tuple[int, ...], Any]:
-    shape = (*lead, plan.num_ctas, m.run, CHUNK_ROWS, CHUNK_COLS // 2)
+    shape = (*lead, plan.num_ctas, m.run_chunks, CHUNK_ROWS, CHUNK_COLS // 2)
     return shape, jnp.bfloat16
 
   n = g.num_hidden_layers
@@ -145,22 +186,22 @@ def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     (n, plan.batch, g.num_key_value_heads, plan.capacity, g.head_dim),
     jnp.bfloat16,
   )
-  per_head = ((8, g.head_dim // 2), jnp.float32)
   return dict(
-    table=((plan.num_ctas, 5, 3), jnp.int32),
+    table=((plan.num_ctas, 5, 2), jnp.int32),
     num_layers=((1,), jnp.int32),
-    token_ids=((8,), jnp.int32),
-    positions=((8,), jnp.int32),
-    active=((8,), jnp.int32),
-    cos=per_head,
-    sin=per_head,
-    norms=((2 * n + 1, g.padded_hidden_size), jnp.float32),
+    sequences=((3, 8), jnp.int32),
+    angles=((2, 8, g.head_dim // 2), jnp.float32),
+    norms=(
+      (2 * n + 1, SEGMENTS, g.padded_hidden_size // SEGMENTS),
+      jnp.float32,
+    ),
     w_qkv=packed(s.qkv, n),
     w_o=packed(s.o, n),
     w_gate_up=packed(s.gate_up, n),
     w_down=packed(s.down, n),
     w_lm_head=packed(s.lm_head),
     embedding=packed(s.lm_head),
+    words=((plan.num_words, 2), jnp.int32),
     k_cache=cache,
     v_cache=cache,
   )
@@ -168,23 +209,24 @@ def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Returns shape and dtype of each array in shared memory but the ring."""
-  g = plan.geometry
-  parts = g.head_dim // TILE
+  g, b = plan.geometry, plan.batch
   f32, bf16 = jnp.float32, jnp.bfloat16
+  own_rows = round_up(plan.schedule.o.run * UNIT_ROWS, GROUP_ROWS)
+  # Pairs of a group may begin anywhere in a head and end in the next.
+  angles = g.head_dim // 2 + GROUP_ROWS // 2
   return dict(
-    x=((8, plan.x_cols), bf16),
+    x=((b * SEGMENTS, plan.x_chunks * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
     p=((8, TILE), bf16),
-    sums=((8, TILE), f32),
-    staging=((2, 8, TILE), f32),
-    halves=((2, 8, HALF), f32),
-    narrow_half=((1, 8, HALF), bf16),
-    narrow=((parts, 8, TILE), bf16),
-    row=((plan.x_cols,), bf16),
-    state=((parts + 2, 8, TILE), f32),
-    new=((2, 8, g.head_dim), bf16),
-    best=((8, TILE), f32),
-    best_index=((8, TILE), jnp.int32),
-    embedded=((CHUNK_COLS,), bf16),
-    embedded_f32=((CHUNK_COLS,), f32),
+    sums=((b, GROUP_UNITS * TILE), f32),
+    results=((b, GROUP_ROWS), bf16),
+    results_f32=((b, GROUP_ROWS), f32),
+    residual=((b, own_rows), f32),
+    cos_sin=((2, b, angles), f32),
+    state=((8, g.head_dim + TILE), f32),
+    attended=((8, g.head_dim), bf16),
+    new=((2, g.head_dim), bf16),
+    part=((8, g.head_dim + TILE), f32),
+    best=((2 * b, GROUP_ROWS), f32),
+    candidates=((2, plan.candidate_cols), f32),
   )

@@ -1,28 +1,28 @@
 """Which CTA multiplies which part of which matrix, in which order.
 
-Every matrix is cut into tiles of 64 rows and each tile into chunks of 128
-columns. The chunks of a matrix, tile after tile, are dealt out in runs of equal
-length: CTA c streams chunks `[c n, (c + 1) n)`. A tile that ends up in several
-runs is owned by the CTA that has its first chunk; the others hand it their
-partial sums, which it adds in the order of their columns.
+Every matrix is cut into units of 8 rows, dealt out in runs of equal length: CTA
+c takes units `[c n, (c + 1) n)`, or as many of them as there are. A unit's
+chunks cover all columns, so that no sum has parts in two CTAs.
 
 The kernel and the emulator both follow this module, so that neither can follow
 a schedule of its own.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.geometry import CHUNK_COLS, TILE, Geometry
+from pallas_kernels.geometry import (
+  CHUNK_WIDTH,
+  TILE,
+  UNIT_ROWS,
+  Geometry,
+  round_up,
+)
 
-# Runs may be this much longer than even ones if fewer tiles are cut for it:
-# memory, not the number of CTAs that pull, is the limit.
-_SLACK = 1.07
 # A KV head's tiles of 64 keys go to one more CTA for each that many.
 MIN_TILES_PER_SPLIT = 4
 
@@ -33,7 +33,7 @@ class Matmul:
 
   Attributes:
     name: of the phase.
-    rows: padded to whole tiles.
+    rows: padded to whole units.
     cols: padded to whole chunks.
     num_ctas: P.
   """
@@ -44,57 +44,30 @@ class Matmul:
   num_ctas: int
 
   @property
-  def num_tiles(self) -> int:
-    """Tiles of 64 rows."""
-    return self.rows // TILE
+  def num_units(self) -> int:
+    """Units of 8 rows."""
+    return self.rows // UNIT_ROWS
 
   @property
-  def chunks_per_tile(self) -> int:
-    """Chunks of 128 columns in a tile."""
-    return self.cols // CHUNK_COLS
+  def chunks_per_unit(self) -> int:
+    """Chunks of 128 columns of each segment."""
+    return self.cols // CHUNK_WIDTH
 
   @property
-  def num_chunks(self) -> int:
-    """Chunks in the matrix."""
-    return self.num_tiles * self.chunks_per_tile
-
-  @functools.cached_property
   def run(self) -> int:
-    """Length n of a CTA's run of chunks; the last runs may be shorter.
-
-    Of the lengths that are at most `_SLACK` times even, the one that cuts the
-    fewest tiles.
-    """
-    even = -(-self.num_chunks // self.num_ctas)
-    most = max(even, int(self.num_chunks * _SLACK / self.num_ctas))
-    return min(range(even, most + 1), key=lambda n: (self._num_cuts(n), n))
-
-  def _num_cuts(self, run: int) -> int:
-    starts = range(run, self.num_chunks, run)
-    return sum(start % self.chunks_per_tile != 0 for start in starts)
+    """Most units that a CTA has; the last runs may be shorter, or empty."""
+    return -(-self.num_units // self.num_ctas)
 
   @property
-  def num_owners(self) -> int:
-    """CTAs that own a tile, and therefore publish results."""
-    firsts = range(0, self.num_chunks, self.chunks_per_tile)
-    return len({first // self.run for first in firsts})
+  def run_chunks(self) -> int:
+    """Most chunks that a CTA has, n."""
+    return self.run * self.chunks_per_unit
 
   def table(self) -> np.ndarray:
-    """Returns each CTA's run, `[P, 3]` int32.
-
-    The columns: first chunk, number of chunks, and number of other CTAs that
-    contribute to the last tile if this CTA owns it.
-    """
-    first = np.minimum(np.arange(self.num_ctas) * self.run, self.num_chunks)
-    count = np.minimum(self.run, self.num_chunks - first)
-    end = first + count
-    last_tile = (end - 1) // self.chunks_per_tile
-    owns = (count > 0) & (last_tile * self.chunks_per_tile >= first)
-    tile_end = (last_tile + 1) * self.chunks_per_tile
-    joins = -(-(tile_end - end) // self.run)
-    return np.stack([first, count, np.where(owns, joins, 0)], 1).astype(
-      np.int32
-    )
+    """Returns each CTA's run, `[P, 2]` int32: first unit, number of units."""
+    first = np.minimum(np.arange(self.num_ctas) * self.run, self.num_units)
+    count = np.minimum(self.run, self.num_units - first)
+    return np.stack([first, count], 1).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,21 +94,20 @@ class Schedule:
     return (self.qkv, self.o, self.gate_up, self.down, self.lm_head)
 
   def table(self) -> np.ndarray:
-    """Returns `[P, 5, 3]` int32, see `Matmul.table`."""
+    """Returns `[P, 5, 2]` int32, see `Matmul.table`."""
     return np.stack([m.table() for m in self.matmuls], axis=1)
 
 
 def make_schedule(geometry: Geometry, num_ctas: int) -> Schedule:
   """Deals the matrices of a model out to `num_ctas` CTAs."""
   g = geometry
-  d, a = g.padded_hidden_size, g.padded_attention_size
-  f = g.padded_intermediate_size
+  d = g.padded_hidden_size
   sizes = dict(
     qkv=(g.num_qkv_heads * g.head_dim, d),
-    o=(d, a),
-    gate_up=(2 * f, d),
-    down=(d, f),
-    lm_head=(g.padded_vocab_size, d),
+    o=(g.hidden_rows, round_up(g.attention_size, CHUNK_WIDTH)),
+    gate_up=(g.gate_up_rows, d),
+    down=(g.hidden_rows, round_up(g.gate_up_rows // 2, CHUNK_WIDTH)),
+    lm_head=(g.vocab_rows, d),
   )
   return Schedule(
     **{

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.cta import CtaBase
 from pallas_kernels.geometry import CHUNK_ROWS, TILE
 from pallas_kernels.layouts import I32, Index, Ref, fori
+from pallas_kernels.plan import ATTENTION, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul, split_of
 
 
@@ -28,7 +29,8 @@ class Stream(CtaBase):
     # chunk that was in it before.
     @pl.when(i >= self.plan.num_slots)
     def _() -> None:
-      plgpu.barrier_wait(self.consumed.at[slot])
+      with self.span("ring_full"):
+        plgpu.barrier_wait(self.consumed.at[slot])
 
     return slot
 
@@ -45,17 +47,39 @@ class Stream(CtaBase):
     return i + 1
 
   def stream_weights(self, i: Index, packed: Ref, matmul: Matmul) -> Index:
-    """Streams this CTA's run of `[P, n, 128, 64]`."""
-    _, count, _ = self.runs[matmul.name]
-    half = CHUNK_ROWS // 2
+    """Streams this CTA's units of `[P, n, 128, 64]`, as `MatmulPhases` does."""
+    plan = self.plan
+    self.phase = PHASE_OF[matmul.name]
+    _, count = self.runs[matmul.name]
+    half, per_unit = CHUNK_ROWS // 2, matmul.chunks_per_unit
+    per_block = plan.block_chunks(matmul)
 
-    def step(j: Index, i: Index) -> Index:
+    def load(j: Index, i: Index) -> Index:
       chunk = packed.at[self.cta, j]
       return self.load_halves(
         i, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)]
       )
 
-    return lax.fori_loop(0, count, step, i)
+    if plan.num_blocks(matmul) == 1:
+      return lax.fori_loop(0, count * per_unit, load, i)
+
+    def group(n: Index, i: Index) -> Index:
+      first = n * GROUP_UNITS
+      last = jnp.minimum(first + GROUP_UNITS, count)
+
+      def block(m: Index, i: Index) -> Index:
+        begin = m * per_block
+        end = jnp.minimum(begin + per_block, per_unit)
+
+        def unit(u: Index, i: Index) -> Index:
+          at = u * per_unit
+          return lax.fori_loop(at + begin, at + end, load, i)
+
+        return lax.fori_loop(first, last, unit, i)
+
+      return lax.fori_loop(0, plan.num_blocks(matmul), block, i)
+
+    return lax.fori_loop(0, (count + GROUP_UNITS - 1) // GROUP_UNITS, group, i)
 
   def stream_keys_and_values(self, i: Index, layer: Index) -> Index:
     """Streams the tiles of keys and values that this CTA attends to.
@@ -63,6 +87,7 @@ class Stream(CtaBase):
     A slot holds 64 keys and their values, or with wide heads one of both.
     """
     g = self.geometry
+    self.phase = ATTENTION
 
     def item_tiles(item: Index, i: Index) -> Index:
       b, head, split = self.item(item)
@@ -109,7 +134,8 @@ class Stream(CtaBase):
     """Hands the stream's chunk i to `use`, then frees its slot."""
     slot = lax.rem(i, I32(self.plan.num_slots))
     # Both halves of the chunk have arrived.
-    plgpu.barrier_wait(self.produced.at[slot])
+    with self.span("ring_empty"):
+      plgpu.barrier_wait(self.produced.at[slot])
     use(self.ring.at[slot])
     plgpu.barrier_arrive(self.consumed.at[slot])
     return i + 1
