@@ -161,11 +161,14 @@ def _model_lacks(model: Model) -> str | None:
   return None
 
 
-def _cache_lacks(config: LlamaConfig, cache: KVCache) -> str | None:
+def _cache_lacks(model: Model, cache: KVCache) -> str | None:
   """Says why the kernel cannot extend a cache, or None."""
+  assert isinstance(model.params, PackedParams)
   _, batch, _, capacity, _ = cache.k.shape
+  sizes = packed.geometry_of(model.config)
   try:
-    geometry.check(packed.geometry_of(config), batch)
+    geometry.check(sizes, batch)
+    make_plan(sizes, batch, capacity, model.params.num_ctas)
   except geometry.UnsupportedError as e:
     return f"the kernel does not take {e}"
   if capacity % geometry.TILE:
@@ -186,7 +189,7 @@ def _fused_missing(model: Model | None, cache: KVCache | None) -> str | None:
     of_model = _model_lacks(model)
     reasons.append(of_model)
     if cache is not None and of_model is None:
-      reasons.append(_cache_lacks(model.config, cache))
+      reasons.append(_cache_lacks(model, cache))
   return "; ".join(reason for reason in reasons if reason is not None) or None
 
 

@@ -78,9 +78,9 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   p = _checked_num_ctas(num_ctas)
   flat = flax.traverse_util.flatten_dict(model.params)
   groups = packed.groups(model.config)
-  largest = max(sum(flat[x].nbytes for x in paths) for paths in groups.values())
   device_memory.require(
-    largest, "packing: a second copy of a part of the model"
+    _extra_bytes(model.config, flat, p),
+    "packing: a part of the model twice, and padding",
   )
   norm_dtypes = tuple(np.dtype(flat[x].dtype).name for x in packed.NORM_PATHS)
   fields: dict[str, Any] = {"embedding": None}
@@ -156,6 +156,25 @@ def _checked_num_ctas(num_ctas: int | None) -> int:
     # All CTAs wait for each other, so all must run at once.
     raise RequestError(f"num_ctas={num_ctas} is more than {device}'s {sms} SMs")
   return int(num_ctas)
+
+
+def _extra_bytes(
+  config: LlamaConfig, flat: dict[Path, jax.Array], num_ctas: int
+) -> int:
+  """Returns how much more memory packing takes at its peak than the model."""
+  most = grown = 0
+  for name, paths in packed.groups(config).items():
+    sources = tuple(flat[path] for path in paths)
+    made = jax.eval_shape(
+      functools.partial(
+        _pack_group, config=config, name=name, num_ctas=num_ctas
+      ),
+      sources,
+    )
+    made_bytes = made.size * made.dtype.itemsize
+    most = max(most, grown + made_bytes)
+    grown += made_bytes - sum(x.nbytes for x in sources)
+  return most
 
 
 def _delete(array: jax.Array | np.ndarray) -> None:

@@ -4,13 +4,12 @@ What a CTA multiplies, what it hands on and in which order sums are taken all
 come from the table and from `schedule.split_of`, weights from the packed
 arrays, and bfloat16 rounding happens where the kernel rounds. So a difference
 between the two is one of the kernel's own, and `stop_after` says in which
-phase it begins. Only sums within half a chunk of columns or a tile of keys, and
-`exp` and `rsqrt`, round as the platform likes.
+phase it begins. Only sums within half a chunk of columns, over segments, or
+over a tile of keys, and `exp` and `rsqrt`, round as the platform likes.
 
 The arithmetic is JAX's, in pieces of one shape whatever the model, so that
 little is compiled; the CTAs are a Python loop. What they exchange is NaN until
-somebody publishes it, and a table by which a CTA would wait forever is an
-error.
+somebody sends it, and a table by which a CTA would wait forever is an error.
 
 Axis letters: L layers, B batch, D width, N query heads, K KV heads, G = N / K,
 H head size, F MLP width, V vocabulary, S cache slots, P CTAs.
@@ -28,15 +27,14 @@ from jax import lax
 
 from pallas_kernels.geometry import (
   CHUNK_COLS,
-  CHUNK_ROWS,
-  HALF,
   MAX_BATCH,
+  SEGMENTS,
   TILE,
+  UNIT_ROWS,
 )
 from pallas_kernels.plan import (
   ATTENTION,
   DOWN,
-  EMBED,
   GATE_UP,
   LM_HEAD,
   MASKED,
@@ -58,15 +56,17 @@ _State = tuple[jax.Array, jax.Array, jax.Array]
 class Trace:
   """What a step has left when it ends; NaN or -1 where it never came.
 
-  Padded sizes D', F' and V' are those of `Geometry`. Of arrays that each layer
+  D', F' and V' are rounded up to whole units of rows. Of arrays that each layer
   overwrites, it is the last layer's.
 
   Attributes:
     residual: `[2, B, D']` float32, the residual stream: 0 is before a layer's
-      attention, so after EMBED and DOWN; 1 is before its MLP, after O_PROJ.
-    qkv: `[B, N + 2 K, H]` float32, queries and keys after rope, and values.
-    attended: `[B, N H]` float32, the heads' outputs.
-    hidden: `[B, F']` float32, `silu(gate) * up`.
+      attention, so embeddings and after DOWN; 1 is before its MLP, after
+      O_PROJ.
+    qkv: `[B, N + 2 K, H]`, queries and keys after rope, and values; float32
+      that holds bfloat16, as it is sent.
+    attended: `[B, N H]` likewise, the heads' outputs.
+    hidden: `[B, F']` likewise, `silu(gate) * up`.
     logits: `[B, V']` float32; zero beyond V.
     next_ids: `[B]` int32, the largest logit, the first of equals.
     k_cache: `[L, B, K, S, H]` bfloat16, with the new key of active sequences
@@ -95,8 +95,8 @@ def run(
     plan: model, batch, capacity and CTAs.
     operands: the arrays that `operand_shapes` lists; none is changed. As in
       the kernel, it is `num_layers` that says how many layers run.
-    stop_after: layer and phase; None for the whole step. EMBED counts as layer
-      0's, LM_HEAD as the last layer's.
+    stop_after: layer and phase; None for the whole step. LM_HEAD counts as the
+      last layer's.
 
   Raises:
     ValueError: if operands do not have the plan's shapes and dtypes, a token
@@ -130,12 +130,12 @@ def _check_operands(plan: Plan, operands: Mapping[str, np.ndarray]) -> None:
       )
   if plan.capacity % TILE:
     raise ValueError(f"capacity={plan.capacity} is not a multiple of {TILE}")
-  for name, rows, limit in (
-    ("token_ids", plan.batch, g.vocab_size),
-    ("positions", plan.batch, plan.capacity),
-    ("num_layers", 1, g.num_hidden_layers + 1),
+  token_ids, positions, _ = operands["sequences"][:, : plan.batch]
+  for name, values, limit in (
+    ("token_ids", token_ids, g.vocab_size),
+    ("positions", positions, plan.capacity),
+    ("num_layers", operands["num_layers"], g.num_hidden_layers + 1),
   ):
-    values = operands[name][:rows]
     if not ((values >= 0) & (values < limit)).all():
       raise ValueError(f"{name}={values.tolist()} is not in [0, {limit})")
 
@@ -157,36 +157,41 @@ def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.jit
 def _multiply(chunks: jax.Array, x: jax.Array) -> jax.Array:
-  """Multiplies chunks `[_, 128, 64]` by their columns `[_, 2, 8, 64]`.
+  """Multiplies chunks `[_, 128, 64]` by their columns `[_, 2, 8, 8, 64]`.
+
+  Args:
+    chunks: for each half, row and segment 64 columns.
+    x: for each half, segment and sequence the same columns.
 
   Returns:
-    `[_, 2, 8, 64]` float32, one product for each half of a chunk.
+    `[_, 2, 8, 8, 8]` float32: one product for each half, sequence, row and
+    segment.
   """
-  return _dot("ihrc,ihbc->ihbr", chunks.reshape(-1, 2, TILE, TILE), x)
+  weights = chunks.reshape(-1, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
+  return _dot("ihrsc,ihsbc->ihbrs", weights, x)
 
 
 @jax.jit
 def _norm(
   x: jax.Array, gain: jax.Array, inverse_size: jax.Array, eps: jax.Array
 ) -> jax.Array:
-  """Returns the RMS norm `[8, D']` bfloat16 of float32 `x`."""
+  """Returns the RMS norm `[8, D']` bfloat16 of bfloat16 `x`."""
+  x = x.astype(jnp.float32)
   mean = jnp.sum(x * x, axis=1, keepdims=True) * inverse_size
   return (x * lax.rsqrt(mean + eps) * gain[None, :]).astype(jnp.bfloat16)
 
 
 @jax.jit
-def _rotate(
-  y: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Turns the halves of `[8, 64]` by angles `[8, 32]`; all float32."""
-  a, b = y[:, :HALF], y[:, HALF:]
-  return a * cos - b * sin, b * cos + a * sin
+def _rotate(y: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Turns pairs `[8, n, 2]` by angles `[8, n]`; all float32."""
+  a, b = y[..., 0], y[..., 1]
+  return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 @jax.jit
 def _swiglu(y: jax.Array) -> jax.Array:
-  """Returns `silu(gate) * up`, `[8, 32]`, of the two halves of `[8, 64]`."""
-  gate, up = y[:, :HALF], y[:, HALF:]
+  """Returns `silu(gate) * up`, `[8, n]`, of pairs `[8, n, 2]`."""
+  gate, up = y[..., 0], y[..., 1]
   return gate * (1 / (1 + jnp.exp(-gate))) * up
 
 
@@ -227,29 +232,27 @@ def _merge(ours: _State, theirs: _State) -> _State:
   )
 
 
-def _products(packed: np.ndarray, x_chunks: np.ndarray) -> np.ndarray:
-  """Multiplies every chunk of a matrix by the columns that it meets.
+def _products(chunks: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Multiplies every chunk by the columns that it meets, as `_multiply` does.
 
   Args:
-    packed: `[P, n, 128, 64]` bfloat16.
-    x_chunks: `[P, n, 2, 8, 64]` bfloat16.
-
-  Returns:
-    `[P, n, 2, 8, 64]` float32.
+    chunks: `[n, 128, 64]` bfloat16.
+    x: `[m, 2, 8, 8, 64]` bfloat16, of the m chunks of each unit in turn.
   """
-  lead = packed.shape[:2]
-  chunks = packed.reshape(-1, CHUNK_ROWS, CHUNK_COLS // 2)
-  x = x_chunks.reshape(-1, 2, MAX_BATCH, TILE)
-  # Whole blocks only, so that `_multiply` is compiled once.
-  missing = -len(chunks) % _BLOCK
-  chunks = np.pad(chunks, ((0, missing), (0, 0), (0, 0)))
-  x = np.pad(x, ((0, missing), (0, 0), (0, 0), (0, 0)))
-  found = [
-    _multiply(chunks[i : i + _BLOCK], x[i : i + _BLOCK])
-    for i in range(0, len(chunks), _BLOCK)
-  ]
-  products = np.concatenate(found)[: len(chunks) - missing]
-  return products.reshape(*lead, 2, MAX_BATCH, TILE)
+  found = []
+  for i in range(0, len(chunks), _BLOCK):
+    some = chunks[i : i + _BLOCK]
+    # Whole blocks only, so that `_multiply` is compiled once.
+    missing = _BLOCK - len(some)
+    some = np.pad(some, ((0, missing), (0, 0), (0, 0)))
+    meets = x[(i + np.arange(_BLOCK)) % len(x)]
+    found.append(np.asarray(_multiply(some, meets))[: _BLOCK - missing])
+  return np.concatenate(found)
+
+
+def _sent(x: Any) -> np.ndarray:
+  """Rounds to what is sent."""
+  return np.asarray(x).astype(_BF16).astype(np.float32)
 
 
 # ---- the step --------------------------------------------------------------
@@ -275,16 +278,17 @@ class _Step:
       return np.full(shape, np.nan, np.float32)
 
     g, rows = plan.geometry, MAX_BATCH
-    self._residual = unpublished(2, rows, g.padded_hidden_size)
+    self._token_ids, self._positions, self._active = ops["sequences"]
+    self._residual = unpublished(2, rows, g.hidden_rows)
     self._qkv = unpublished(rows, g.num_qkv_heads, g.head_dim)
-    self._attended = unpublished(rows, g.num_attention_heads * g.head_dim)
-    self._hidden = unpublished(rows, g.padded_intermediate_size)
-    self._logits = unpublished(rows, g.padded_vocab_size)
+    self._attended = unpublished(rows, g.attention_size)
+    self._hidden = unpublished(rows, g.gate_up_rows // 2)
+    self._logits = unpublished(rows, g.vocab_rows)
     self._next_ids = np.full(rows, -1, np.int32)
+    self._embed()
 
   def phases(self) -> Iterator[tuple[int, int]]:
     """Yields layer and phase in the order in which they run."""
-    yield 0, EMBED
     for layer in range(self._num_layers):
       for phase in (QKV, ATTENTION, O_PROJ, GATE_UP, DOWN):
         yield layer, phase
@@ -308,9 +312,7 @@ class _Step:
     """Runs a phase on all CTAs, after everything before it has run."""
     ops, schedule = self._ops, self._plan.schedule
     before, between = self._residual
-    if phase == EMBED:
-      self._embed()
-    elif phase == QKV:
+    if phase == QKV:
       x = self._normed(before, 2 * layer)
       packed = ops["w_qkv"][layer]
       self._matmul(schedule.qkv, packed, x, self._finish_qkv)
@@ -337,21 +339,21 @@ class _Step:
   def _embed(self) -> None:
     """Takes the tokens' rows out of the packed table."""
     lm_head = self._plan.schedule.lm_head
-    for b, token in enumerate(self._ops["token_ids"][: self._plan.batch]):
-      for i in range(lm_head.chunks_per_tile):
-        chunk = token // TILE * lm_head.chunks_per_tile + i
-        packed = self._ops["embedding"][
-          chunk // lm_head.run, chunk % lm_head.run
-        ]
-        # The two halves of a row of 128 columns.
-        row = packed[token % TILE :: TILE].reshape(-1)
-        self._residual[0, b, i * CHUNK_COLS : (i + 1) * CHUNK_COLS] = row
+    per_unit = lm_head.chunks_per_unit
+    for b, token in enumerate(self._token_ids[: self._plan.batch]):
+      cta, unit = divmod(token // UNIT_ROWS, lm_head.run)
+      chunks = self._ops["embedding"][cta, unit * per_unit :][:per_unit]
+      chunks = chunks.reshape(-1, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
+      row = chunks[:, :, token % UNIT_ROWS]  # chunk, half, segment
+      row = np.moveaxis(row, 2, 0).reshape(-1)
+      self._residual[0, b] = row[: self._residual.shape[2]]
 
   def _normed(self, x: np.ndarray, norm: int) -> np.ndarray:
+    gain = self._ops["norms"][norm].reshape(-1)[: x.shape[1]]
     return np.asarray(
       _norm(
-        x,
-        self._ops["norms"][norm],
+        x.astype(_BF16),
+        gain,
         np.float32(1 / self._geometry.hidden_size),
         np.float32(self._geometry.rms_norm_eps),
       )
@@ -364,85 +366,61 @@ class _Step:
     x: np.ndarray,
     finish: Callable[[int, np.ndarray], None],
   ) -> None:
-    """Runs all CTAs' runs of a matrix.
+    """Runs all CTAs' units of a matrix.
 
     Args:
       matmul: the matrix.
       packed: `[P, n, 128, 64]` bfloat16.
       x: `[8, columns]` bfloat16; columns of padding may be missing.
-      finish: takes a tile's index and its sums `[8, 64]` float32.
+      finish: takes the first row of a CTA's units and their sums `[8, rows]`
+        float32.
     """
-    per_tile, num_ctas = matmul.chunks_per_tile, matmul.num_ctas
+    per_unit = matmul.chunks_per_unit
     index = self._plan.schedule.matmuls.index(matmul)
     runs = self._ops["table"][:, index].tolist()
+    units = [u for first, count in runs for u in range(first, first + count)]
+    if units != list(range(matmul.num_units)):
+      raise ValueError(f"{matmul.name}: units that somebody has are {units}")
     x = np.pad(x, ((0, 0), (0, matmul.cols - x.shape[1])))
-    x = x.reshape(MAX_BATCH, per_tile, 2, TILE).transpose(1, 2, 0, 3)
-    first = self._ops["table"][:, index, :1]
-    x_chunk = (first + np.arange(matmul.run)[None]) % per_tile
-    products = _products(packed, x[x_chunk])
-
-    # What each CTA hands to the owner of a tile, and who has handed on to whom.
-    partial = np.full((num_ctas, MAX_BATCH, TILE), np.nan, np.float32)
-    joined = [0] * num_ctas
-    awaited = [0] * num_ctas
-    owned: list[tuple[int, int, np.ndarray]] = []
-    for cta, (first, count, joins) in enumerate(runs):
-      end = first + count
+    x = x.reshape(MAX_BATCH, SEGMENTS, per_unit, 2, CHUNK_COLS // 2)
+    x = x.transpose(2, 3, 1, 0, 4)
+    for cta, (first, count) in enumerate(runs):
       if not count:
         continue
-      for tile in range(first // per_tile, -(-end // per_tile)):
-        begin = max(first, tile * per_tile)
-        stop = min(end, (tile + 1) * per_tile)
-        sums = np.zeros((MAX_BATCH, TILE), np.float32)
-        for halves in products[cta, begin - first : stop - first]:
-          sums = sums + halves[0] + halves[1]
-        if begin != tile * per_tile:
-          partial[cta] = sums
-          joined[tile * per_tile // matmul.run] += 1
-          continue
-        owned.append((cta, tile, sums))
-        if stop < (tile + 1) * per_tile:
-          awaited[cta] = joins
-    tiles = [tile for _, tile, _ in owned]
-    if tiles != list(range(matmul.num_tiles)):
-      raise ValueError(f"{matmul.name}: tiles with owners are {tiles}")
-    if joined != awaited:
-      raise ValueError(
-        f"{matmul.name}: CTAs wait for {awaited} parts, and {joined} come"
-      )
-    owners = [cta for cta, _, _ in owned]
-    if len(set(owners)) != matmul.num_owners:
-      raise ValueError(f"{matmul.name}: not {matmul.num_owners} CTAs publish")
-    for i, (cta, tile, sums) in enumerate(owned):
-      # Only the last tile of a run goes on in others.
-      if owners[i + 1 : i + 2] != [cta]:
-        for theirs in partial[cta + 1 : cta + 1 + awaited[cta]]:
-          sums = sums + theirs
-      finish(tile, sums)
+      products = _products(packed[cta, : count * per_unit], x)
+      # Chunks in their order, then segments.
+      products = products.reshape(count, 2 * per_unit, *products.shape[2:])
+      sums = np.zeros_like(products[:, 0])
+      for n in range(2 * per_unit):
+        sums = sums + products[:, n]
+      sums = np.moveaxis(sums.sum(-1), 0, 1).reshape(MAX_BATCH, -1)
+      finish(first * UNIT_ROWS, sums)
 
-  def _finish_qkv(self, tile: int, sums: np.ndarray) -> None:
+  def _finish_qkv(self, row: int, sums: np.ndarray) -> None:
     g = self._geometry
-    head, block = divmod(tile, g.head_dim // TILE)
-    at = slice(block * HALF, (block + 1) * HALF)
-    cos, sin = self._ops["cos"][:, at], self._ops["sin"][:, at]
-    if head >= g.num_attention_heads + g.num_key_value_heads:
-      # Values are turned by the angle 0.
-      cos, sin = np.ones_like(cos), np.zeros_like(sin)
-    halves = self._qkv.reshape(MAX_BATCH, -1, 2, g.head_dim // 2)
-    for j, y in enumerate(_rotate(sums, cos, sin)):
-      halves[:, head, j, at] = y
+    half = g.head_dim // 2
+    pairs = sums.reshape(MAX_BATCH, -1, 2)
+    head, i = np.divmod(row // 2 + np.arange(pairs.shape[1]), half)
+    cos, sin = self._ops["angles"][:, :, i]
+    # Values are turned by the angle 0.
+    turned = head < g.num_attention_heads + g.num_key_value_heads
+    cos, sin = np.where(turned, cos, 1), np.where(turned, sin, 0)
+    rotated = _sent(_rotate(pairs, cos, sin))
+    for n in range(2):
+      self._qkv[:, head, i + n * half] = rotated[..., n]
 
   def _finish_residual(
-    self, source: np.ndarray, target: np.ndarray, tile: int, sums: np.ndarray
+    self, source: np.ndarray, target: np.ndarray, row: int, sums: np.ndarray
   ) -> None:
-    at = slice(tile * TILE, (tile + 1) * TILE)
+    at = slice(row, row + sums.shape[1])
     target[:, at] = sums + source[:, at]
 
-  def _finish_gate_up(self, tile: int, sums: np.ndarray) -> None:
-    self._hidden[:, tile * HALF : (tile + 1) * HALF] = _swiglu(sums)
+  def _finish_gate_up(self, row: int, sums: np.ndarray) -> None:
+    hidden = _sent(_swiglu(sums.reshape(MAX_BATCH, -1, 2)))
+    self._hidden[:, row // 2 : row // 2 + hidden.shape[1]] = hidden
 
-  def _finish_lm_head(self, tile: int, sums: np.ndarray) -> None:
-    self._logits[:, tile * TILE : (tile + 1) * TILE] = sums
+  def _finish_lm_head(self, row: int, sums: np.ndarray) -> None:
+    self._logits[:, row : row + sums.shape[1]] = sums
 
   def _choose(self) -> None:
     # Comparisons do not round, so it does not matter in which order CTAs take
@@ -454,7 +432,7 @@ class _Step:
     """Runs all items of attention, each of one sequence, KV head and split."""
     g, plan = self._geometry, self._plan
     for b in range(plan.batch):
-      position = int(self._ops["positions"][b])
+      position = int(self._positions[b])
       _, _, _, num_splits = split_of(position, 0, plan.splits)
       for head in range(g.num_key_value_heads):
         parts = [
@@ -465,14 +443,14 @@ class _Step:
           raise ValueError(f"{len(come)} of {num_splits} splits do anything")
         _, total, out = functools.reduce(_merge, come)
         start = head * g.group * g.head_dim
-        self._attended[b, start : start + g.group * g.head_dim] = np.asarray(
+        self._attended[b, start : start + g.group * g.head_dim] = _sent(
           out / total
         )[: g.group].reshape(-1)
 
   def _attend(self, layer: int, b: int, head: int, split: int) -> _State | None:
     """Returns one split's state; None if there is nothing for it to do."""
     g = self._geometry
-    position = int(self._ops["positions"][b])
+    position = int(self._positions[b])
     first, end, tiles, _ = map(
       int, split_of(position, split, self._plan.splits)
     )
@@ -499,7 +477,7 @@ class _Step:
       visible = np.int32(min(TILE, position + 1 - tile * TILE))
       state = _attend_tile(state, q, k, v, visible)
     # The split with the last tile writes the new key and value.
-    if end == tiles and self._ops["active"][b] > 0:
+    if end == tiles and self._active[b] > 0:
       for cache, entry in zip(caches, new, strict=True):
         cache[position] = entry
     return state

@@ -3,8 +3,8 @@
 Everything here leans on private parts of JAX 0.11; the kernel itself does not
 import this module. `install` adds to the interpreter:
 
-* `pl.get_global` semaphores, `semaphore_signal` and `semaphore_wait`, with
-  vector clocks, so that the race detector knows what they order;
+* the programs of `words`. Words order nothing but themselves, so the race
+  detector learns nothing from them;
 * an error instead of a hang when a wait can not end;
 * `wgmma` operands as reads in the eyes of the race detector.
 
@@ -15,7 +15,6 @@ cluster at once: interpret kernels whose CTAs meet with the grid as a cluster.
 import dataclasses
 import functools
 import importlib
-import itertools
 import threading
 import time
 import types
@@ -24,9 +23,10 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import words
 
 # A wait that has not ended by then never will.
 DEADLOCK_S = 60.0
@@ -60,7 +60,7 @@ def _private() -> types.SimpleNamespace:
   paths = dict(
     callback="jax._src.callback",
     indexing="jax._src.state.indexing",
-    primitives=root + "primitives",
+    state_types="jax._src.state.types",
     thread_map=root + "mosaic.interpret.thread_map",
     gpu_primitives=root + "mosaic_gpu.primitives",
     callbacks=root + "mosaic_gpu.interpret.gpu_callbacks",
@@ -118,11 +118,8 @@ def _install() -> None:
   jx = _private()
   interpreter = jx.interpreter.JaxprInterpreter
   handlers: dict[Any, Callable[..., Any]] = {
-    jx.primitives.get_global_p: _interpret_get_global,
-    jx.primitives.semaphore_signal_p: _interpret_signal,
-    jx.gpu_primitives.semaphore_signal_p: _interpret_signal,
-    jx.primitives.semaphore_wait_p: _interpret_wait,
-    jx.gpu_primitives.semaphore_wait_p: _interpret_wait,
+    jx.gpu_primitives.inline_mgpu_p: _interpret_words,
+    jx.gpu_primitives.load_p: _interpret_reshaped_load,
   }
   # The interpreter's one big `match` cannot be extended. An operation that it
   # lacks is handed to it as one that it has and no Hopper kernel uses, with the
@@ -134,7 +131,7 @@ def _install() -> None:
   def interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> Any:
     eqns = [
       eqn.replace(primitive=stand_in, params=dict(real=eqn))
-      if eqn.primitive in handlers
+      if eqn.primitive in handlers and _is_lacking(eqn)
       else eqn
       for eqn in jaxpr.eqns
     ]
@@ -155,156 +152,272 @@ def _install() -> None:
   jx.thread_map._thread_map_callback = _run_threads
 
 
-# ---- semaphores ------------------------------------------------------------
+# ---- words -----------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class _Semaphore:
-  """A counter in device memory.
-
-  Attributes:
-    count: its value.
-    clocks: what is known once the counter has reached 1, 2, ...
-  """
-
-  count: int = 0
-  clocks: list[Any] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class _Semaphores:
-  """All semaphores of one launch; they start at zero.
+class _Words:
+  """The words of one launch; their stamps start at zero.
 
   Attributes:
     changed: guards the rest.
-    by_key: key is the array's number and the index into it.
+    stamps: by index.
+    payloads: likewise, 32 bits.
   """
 
   changed: threading.Condition = dataclasses.field(
     default_factory=threading.Condition
   )
-  by_key: dict[tuple[int, ...], _Semaphore] = dataclasses.field(
-    default_factory=dict
-  )
+  stamps: dict[int, int] = dataclasses.field(default_factory=dict)
+  payloads: dict[int, int] = dataclasses.field(default_factory=dict)
 
-  def signal(self, key: tuple[int, ...], inc: int, clock: Any) -> None:
-    """Adds to a semaphore, and what the signalling thread knows to it."""
+  def send(self, index: np.ndarray, payload: np.ndarray, stamp: int) -> None:
+    """Writes words."""
     with self.changed:
-      semaphore = self.by_key.setdefault(key, _Semaphore())
-      if clock is not None:
-        if semaphore.clocks:
-          clock.update(semaphore.clocks[-1])
-        semaphore.clocks += [clock] * inc
-      semaphore.count += inc
+      for i, value in zip(index.tolist(), payload.tolist(), strict=True):
+        if self.stamps.get(i, 0) >= stamp:
+          raise RuntimeError(
+            f"word {i} has stamp {self.stamps[i]} and is sent with {stamp}"
+          )
+        self.stamps[i], self.payloads[i] = stamp, value
       self.changed.notify_all()
 
-  def wait(
-    self,
-    key: tuple[int, ...],
-    value: int,
-    decrement: bool,
-    check: Callable[[], None],
-    where: str,
-  ) -> Any:
-    """Waits until a semaphore has a value.
+  def receive(
+    self, index: np.ndarray, stamp: int, check: Callable[[], None], where: str
+  ) -> np.ndarray:
+    """Waits for words and returns their payloads.
 
     Args:
-      key: which one.
-      value: to reach.
-      decrement: subtract it then.
+      index: which ones.
+      stamp: that they must bear.
       check: raises when the wait has become pointless.
       where: location of the wait, for the error.
 
-    Returns:
-      What the thread knows from the wait, or None. If the semaphore is already
-      further, that is no more than its value promises.
-
     Raises:
-      RuntimeError: the semaphore does not get there.
+      RuntimeError: they do not come.
     """
     give_up = time.monotonic() + DEADLOCK_S
+    wanted = index.tolist()
     with self.changed:
-      semaphore = self.by_key.setdefault(key, _Semaphore())
-      while semaphore.count < value:
+      while True:
+        others = [i for i in wanted if self.stamps.get(i, 0) != stamp]
+        if not others:
+          return np.array([self.payloads.get(i, 0) for i in wanted], np.uint32)
+        i = others[0]
+        found = self.stamps.get(i, 0)
+        if found > stamp:
+          raise RuntimeError(
+            f"word {i} has been written again: it is at stamp {found}, awaited"
+            f" is {stamp}, {where}"
+          )
         check()
         if time.monotonic() > give_up:
-          counts = {k: s.count for k, s in sorted(self.by_key.items())}
           raise RuntimeError(
-            f"deadlock: semaphore {key[0]}{list(key[1:])} is at "
-            f"{semaphore.count} after {DEADLOCK_S:.0f} s, awaited is {value}, "
-            f"{where}; all that were used: {counts}"
+            f"deadlock: word {i} is at stamp {found} after"
+            f" {DEADLOCK_S:.0f} s, awaited is {stamp}, {where}"
           )
         self.changed.wait(_POLL_S)
-      if decrement:
-        semaphore.count -= value
-      if not semaphore.clocks or value == 0:
-        return None
-      # After a decrement, counts no longer say which signals were awaited.
-      index = -1 if decrement else value - 1
-      return semaphore.clocks[index].copy()
 
 
-_numbers = itertools.count()
-_semaphores_lock = threading.Lock()
+_words_lock = threading.Lock()
 
 
-def _semaphores(memory: Any) -> _Semaphores:
+def _words_of(memory: Any) -> _Words:
   # One shared memory is one launch.
-  with _semaphores_lock:
-    if not hasattr(memory, "_ffjax_semaphores"):
-      memory._ffjax_semaphores = _Semaphores()
-    return memory._ffjax_semaphores
+  with _words_lock:
+    if not hasattr(memory, "_ffjax_words"):
+      memory._ffjax_words = _Words()
+    return memory._ffjax_words
 
 
-def _key(semaphore: Any, index: Sequence[Any]) -> tuple[int, ...]:
-  return (int(semaphore), *(int(i) for i in index))
+class _Threads:
+  """A warpgroup that runs a program, with what it may touch."""
+
+  def __init__(
+    self, token: Any, mesh_location: Any, thread: Any, where: str, source: Any
+  ):
+    self._token, self._mesh, self._thread = token, mesh_location, thread
+    self._source = source
+    self.where = f"{where}, {thread}"
+    self.memory = _private().callbacks._get_shared_memory()
+    self.words = _words_of(self.memory)
+
+  def _at(self, ref: Any, begins: Sequence[int], sizes: Sequence[int]) -> Any:
+    jx = _private()
+    key, transforms, shape, _ = ref
+    slices = tuple(
+      jx.indexing.Slice(int(b), int(n))
+      for b, n in zip(begins, sizes, strict=True)
+    )
+    region = jx.indexing.NDIndexer(slices, shape, ())
+    return key, (*transforms, region)
+
+  def read(
+    self, ref: Any, begins: Sequence[int], sizes: Sequence[int]
+  ) -> np.ndarray:
+    """Returns a part of an array."""
+    key, transforms = self._at(ref, begins, sizes)
+    _, value = _private().callbacks._get(
+      self._token,
+      self._mesh,
+      self._thread,
+      key,
+      transforms,
+      source_info=self._source,
+    )
+    return np.ascontiguousarray(value)
+
+  def write(self, ref: Any, begins: Sequence[int], value: np.ndarray) -> None:
+    """Overwrites a part of an array."""
+    key, transforms = self._at(ref, begins, value.shape)
+    _private().callbacks._swap(
+      self._token,
+      self._mesh,
+      self._thread,
+      key,
+      transforms,
+      value,
+      None,
+      source_info=self._source,
+    )
 
 
-def _signal(
-  *, token: Any, thread: Any, semaphore: Any, index: Sequence[Any], inc: Any
-) -> Any:
-  memory = _private().callbacks._get_shared_memory()
-  clock = memory.incr_clock(thread) if memory.detect_races else None
-  _semaphores(memory).signal(_key(semaphore, index), int(inc), clock)
-  return token
+def _run_send(
+  what: words.Send, run: _Threads, refs: Sequence[Any], scalars: Sequence[int]
+) -> None:
+  target, source = refs
+  first, start, count, stamp = scalars
+  t = np.arange(what.num_payloads)
+  sent, payload, word = what.place(t, start, count)
+  rows, cols = what.num_rows, source[2][1]
+  values = run.read(source, (0, 0), (rows, cols))
+  if what.stamped:
+    bits = values.view(np.uint32).ravel()
+    run.words.send(first + word[sent], bits[payload[sent]], stamp)
+  elif count > 0:
+    run.write(target, (0, start), values[:, :count])
 
 
-def _wait(
+def _run_receive(
+  what: words.Receive,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  _, target = refs
+  first, column, offset_bytes, stamp = scalars
+  t = np.arange(what.num_pairs)
+  wants_a, wants_b, word, _ = what.place(t, column)
+  index = first + np.stack([word, word + 1], 1).ravel()
+  wanted = np.stack([wants_a, wants_b], 1).ravel()
+  payload = np.zeros(len(index), np.uint32)
+  payload[wanted] = run.words.receive(
+    index[wanted], stamp, run.memory.check_failed, run.where
+  )
+  shape, dtype = target[2], target[3]
+  values = payload.view(dtype).reshape(what.num_rows, -1)
+  if len(shape) == 1:
+    run.write(target, (0,), values.ravel())
+    return
+  row = offset_bytes // (shape[1] * dtype.itemsize)
+  run.write(target, (row, 0), values)
+
+
+def _run_take(
+  what: words.Take, run: _Threads, refs: Sequence[Any], scalars: Sequence[int]
+) -> None:
+  target, x = refs
+  offset_bytes, start = scalars
+  row = offset_bytes // (x[2][1] * x[3].itemsize)
+  values = run.read(x, (row, 0), (8, what.segment)).ravel()
+  columns = values[start : start + what.num_columns].astype(np.float32)
+  if columns.size:
+    run.write(target, (0,), columns)
+
+
+def _run_patch(
+  what: words.Patch, run: _Threads, refs: Sequence[Any], scalars: Sequence[int]
+) -> None:
+  new, ring = refs
+  k_row, v_row, row = scalars
+  rows = ring[2][1]
+  values = run.read(new, (0, 0), (2, what.head_dim))
+  for first, value in zip((k_row, v_row), values, strict=True):
+    for n, block in enumerate(value.reshape(-1, 64)):
+      slot, begin = divmod(first + 64 * n, rows)
+      run.write(ring, (slot, begin + row, 0), block[None, None])
+      if first == v_row and row < 63:
+        zeros = np.zeros((1, 63 - row, 64), values.dtype)
+        run.write(ring, (slot, begin + row + 1, 0), zeros)
+
+
+_PROGRAMS: dict[Any, Callable[..., None]] = {
+  words.Send: _run_send,
+  words.Receive: _run_receive,
+  words.Take: _run_take,
+  words.Patch: _run_patch,
+}
+
+
+def _run_words(
   *,
   token: Any,
+  mesh_location: Any,
   thread: Any,
-  semaphore: Any,
-  index: Sequence[Any],
-  value: Any,
-  decrement: Any,
+  keys: Sequence[Any],
+  transforms: Sequence[Any],
+  scalars: Sequence[Any],
+  what: Any,
+  kinds: Sequence[Any],
   where: str,
+  source: Any,
 ) -> Any:
-  memory = _private().callbacks._get_shared_memory()
-  clock = _semaphores(memory).wait(
-    _key(semaphore, index),
-    int(value),
-    bool(decrement),
-    memory.check_failed,
-    f"{where}, {thread}",
-  )
-  if clock is not None:
-    with memory.lock:
-      memory.clocks[thread].update(clock)
+  run = _Threads(token, mesh_location, thread, where, source)
+  refs = [
+    (key, tuple(t), *kind)
+    for key, t, kind in zip(keys, transforms, kinds, strict=True)
+  ]
+  _PROGRAMS[type(what)](what, run, refs, [int(x) for x in scalars])
   return token
 
 
-def _index(transforms: Sequence[Any]) -> list[Any]:
-  """Returns the start of what is left of each axis, as one flat list."""
+def _interpret_words(
+  self: Any, eqn: Any, token: Any, invals: Sequence[Any]
+) -> Any:
   jx = _private()
-  index: list[Any] = []
-  for transform in transforms:
-    if not isinstance(transform, jx.indexing.NDIndexer) or index:
-      raise NotImplementedError(f"semaphore with transforms {transforms}")
-    index = [
-      i.start if isinstance(i, jx.indexing.Slice) else i
-      for i in transform.indices
-    ]
-  return index
+  params = eqn.params
+  num = params["pytree_args"].num_leaves
+  all_transforms = jax.tree.unflatten(
+    params["pytree_ref_transforms"], invals[num:]
+  )
+  keys, transforms, scalars, kinds = [], [], [], []
+  for var, value, transform in zip(
+    eqn.invars[:num], invals[:num], all_transforms, strict=True
+  ):
+    if transform is None:
+      scalars.append(value)
+      continue
+    key, resolved = jx.interpreter.resolve_ref(var.aval, value, transform)
+    view = _view(var.aval, transform)
+    keys.append(key)
+    transforms.append(tuple(resolved))
+    kinds.append((view.shape, np.dtype(view.dtype)))
+  token = _callback(
+    functools.partial(
+      _run_words,
+      what=params["mgpu_fn"].what,
+      kinds=kinds,
+      where=_location(eqn),
+      source=eqn.source_info,
+    ),
+    token=token,
+    mesh_location=self.mesh_location,
+    thread=self.thread,
+    keys=keys,
+    transforms=transforms,
+    scalars=scalars,
+  )
+  return token, []
 
 
 def _callback(fn: Callable[..., Any], **kwargs: Any) -> Any:
@@ -316,49 +429,53 @@ def _callback(fn: Callable[..., Any], **kwargs: Any) -> Any:
   )
 
 
-def _interpret_get_global(
-  self: Any, eqn: Any, token: Any, invals: Sequence[Any]
-) -> Any:
-  del self, eqn, invals
-  # All threads run one trace, so the number is the same for all of them.
-  return token, [jnp.int32(next(_numbers))]
+def _is_lacking(eqn: Any) -> bool:
+  """Whether the interpreter cannot do this operation by itself."""
+  jx = _private()
+  if eqn.primitive is not jx.gpu_primitives.load_p:
+    return True
+  transforms = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
+  return any(isinstance(t, jx.state_types.ReshapeTransform) for t in transforms)
 
 
-def _interpret_signal(
+def _interpret_reshaped_load(
   self: Any, eqn: Any, token: Any, invals: Sequence[Any]
 ) -> Any:
-  semaphore, transforms, inc, device, *_ = jax.tree.unflatten(
-    eqn.params["args_tree"], invals
+  """Loads what lies under a reshaped view, and takes from it afterwards."""
+  jx = _private()
+  var, transforms = (
+    eqn.invars[0],
+    jax.tree.unflatten(eqn.params["tree"], invals[1:]),
   )
-  if device is not None:
-    raise NotImplementedError("signals to other devices")
-  token = _callback(
-    _signal,
+  at = [isinstance(t, jx.state_types.ReshapeTransform) for t in transforms]
+  before = transforms[: at.index(True)]
+  key, resolved = jx.interpreter.resolve_ref(var.aval, invals[0], before)
+  token, value = jx.callbacks.call_get(
     token=token,
+    result_shape_and_dtype=_view(var.aval, before),
+    mesh_location=self.mesh_location,
     thread=self.thread,
-    semaphore=semaphore,
-    index=_index(transforms),
-    inc=inc,
+    allocation_key_as_array=key,
+    transforms=resolved,
+    source_info=eqn.source_info,
   )
-  return token, []
+  for transform in transforms[len(before) :]:
+    if isinstance(transform, jx.state_types.ReshapeTransform):
+      value = value.reshape(transform.shape)
+    else:
+      index = tuple(
+        slice(i.start, i.start + i.size)
+        if isinstance(i, jx.indexing.Slice)
+        else i
+        for i in transform.indices
+      )
+      value = value[index]
+  return token, [value]
 
 
-def _interpret_wait(
-  self: Any, eqn: Any, token: Any, invals: Sequence[Any]
-) -> Any:
-  semaphore, transforms, value, decrement = jax.tree.unflatten(
-    eqn.params["args_tree"], invals
-  )
-  token = _callback(
-    functools.partial(_wait, where=_location(eqn)),
-    token=token,
-    thread=self.thread,
-    semaphore=semaphore,
-    index=_index(transforms),
-    value=value,
-    decrement=decrement,
-  )
-  return token, []
+def _view(aval: Any, transforms: Sequence[Any]) -> jax.ShapeDtypeStruct:
+  view = _private().state_types.transform_type(tuple(transforms), aval)
+  return jax.ShapeDtypeStruct(view.shape, view.dtype)
 
 
 def _location(eqn: Any) -> str:

@@ -73,7 +73,9 @@ class Cta(MatmulPhases, AttentionPhase):
     def layer_step(layer: Index, i: Index) -> Index:
       stamp = layer + 1
 
-      def fill_qkv(_: Index) -> None:
+      def fill_qkv(block: Index) -> None:
+        del block
+
         @pl.when(layer > 0)
         def _() -> None:
           self.receive_x("output", s.qkv, g.hidden_rows, 0, layer)
@@ -151,9 +153,10 @@ def make_step(
     cta_class: what runs on each CTA; tests put faults in.
 
   Returns:
-    A function of the operands of `operand_shapes`, in that order, the caches as
-    `jax.Ref`s that it extends in place, and so `words`, which are zero. It returns a list that starts with
-    logits `[B, V]` float32 (V padded) and the greedy choice `[8]` int32.
+    A function of the operands of `operand_shapes`, in that order, the caches and
+    `words` as `jax.Ref`s: it extends the caches in place, and `words` are zero
+    before. It returns logits `[B, V]` float32 (V padded) and the greedy choice
+    `[8]` int32.
   """
   g, p = plan.geometry, plan.num_ctas
   names = [*(["times"] if timed else []), *operand_shapes(plan)]

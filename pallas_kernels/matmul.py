@@ -154,7 +154,7 @@ class MatmulPhases(Stream, Activations):
     row, col = (
       plgpu.broadcasted_iota(I32, shape, axis, layout=_WGMMA) for axis in (0, 1)
     )
-    own = lax.rem(row, I32(SEGMENTS)) == col
+    own = self.own_segment(row, col)
     for b in range(batch):
       of_one = products
       if batch > 1:
@@ -169,6 +169,10 @@ class MatmulPhases(Stream, Activations):
           target, layout=_WGMMA.reduce(1), optimized=False
         )
       mosaic.store(target, sums)
+
+  def own_segment(self, row: jax.Array, col: jax.Array) -> jax.Array:
+    """Says which products are of a segment with its own columns."""
+    return lax.rem(row, I32(SEGMENTS)) == col
 
   def result(self, b: Index) -> jax.Array:
     """Returns a group's 64 results."""

@@ -22,6 +22,7 @@ from pallas_kernels.geometry import (
   TILE,
   UNIT_ROWS,
   Geometry,
+  UnsupportedError,
   round_up,
 )
 from pallas_kernels.schedule import (
@@ -51,6 +52,8 @@ _REDUCTION_BYTES = 2048
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
 INSTEAD_OF_X = ("state", "part", "attended", "candidates")
+# Keys and values of wide heads take two slots, and one more is under way.
+MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
 MASKED = -1e30
 
@@ -160,10 +163,21 @@ class Plan:
 def make_plan(
   geometry: Geometry, batch: int, capacity: int, num_ctas: int
 ) -> Plan:
-  """Plans the step of a model for a batch, a capacity and a number of CTAs."""
-  return Plan(
+  """Plans the step of a model for a batch, a capacity and a number of CTAs.
+
+  Raises:
+    UnsupportedError: if shared memory leaves too little for the stream.
+  """
+  plan = Plan(
     geometry, make_schedule(geometry, num_ctas), batch, capacity, num_ctas
   )
+  if plan.num_slots < MIN_SLOTS:
+    raise UnsupportedError(
+      f"hidden_size={geometry.hidden_size} with batch {batch} on {num_ctas} CTAs"
+      f" (their shared memory leaves {max(0, plan.num_slots)} slots for weights"
+      f" and it takes at least {MIN_SLOTS})"
+    )
+  return plan
 
 
 def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -355,12 +355,13 @@ def _run(
   scalars: Sequence[jax.Array],
 ) -> None:
   """Emits a program for the threads of the warpgroup."""
-  emit: Callable[..., None] = {
+  emitters: dict[type, Callable[..., None]] = {
     Send: _emit_send,
     Receive: _emit_receive,
     Take: _emit_take,
     Patch: _emit_patch,
-  }[type(what)]
+  }
+  emit = emitters[type(what)]
 
   arg_types = (
     *[plgpu.RefType()] * len(refs),

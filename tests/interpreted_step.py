@@ -189,24 +189,32 @@ def pack(case, plan, s):
   batch = len(case.positions)
 
   def rows(x):
-    return jnp.pad(x, [(0, 8 - batch)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.pad(x, [(0, 0), (0, 8 - batch)] + [(0, 0)] * (x.ndim - 2))
 
   qkv = jnp.concatenate([s.q, s.k, s.v], 1)
   operands = dict(
     table=jnp.asarray(m.table()),
     num_layers=jnp.full((1,), g.num_hidden_layers, jnp.int32),
-    token_ids=rows(s.token_ids),
-    positions=rows(jnp.array(case.positions, jnp.int32)),
-    active=rows(jnp.array(case.active, jnp.int32)),
-    cos=rows(s.cos),
-    sin=rows(s.sin),
-    norms=jnp.pad(s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))),
+    sequences=rows(
+      jnp.stack(
+        [
+          s.token_ids,
+          jnp.array(case.positions, jnp.int32),
+          jnp.array(case.active, jnp.int32),
+        ]
+      )
+    ),
+    angles=rows(jnp.stack([s.cos, s.sin])),
+    norms=jnp.pad(
+      s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))
+    ).reshape(operand_shapes(plan)["norms"][0]),
     w_qkv=packing.pack_matrix(m.qkv, packing.permute_heads(qkv, g.head_dim)),
     w_o=packing.pack_matrix(m.o, s.o),
     w_gate_up=packing.pack_matrix(m.gate_up, packing.interleave(s.gate, s.up)),
     w_down=packing.pack_matrix(m.down, s.down),
     w_lm_head=packing.pack_matrix(m.lm_head, s.lm_head),
     embedding=packing.pack_matrix(m.lm_head, s.embedding),
+    words=jnp.zeros((plan.num_words, 2), jnp.int32),
     k_cache=s.k_cache,
     v_cache=s.v_cache,
   )
@@ -229,9 +237,9 @@ def _compiled(plan, detect_races, **kwargs):
 
   @jax.jit
   def run(operands):
-    *others, k_cache, v_cache = operands
+    *others, words, k_cache, v_cache = operands
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    logits, next_ids, *_ = step(*others, k_ref, v_ref)
+    logits, next_ids, *_ = step(*others, jax.new_ref(words), k_ref, v_ref)
     return logits, next_ids, k_ref[...], v_ref[...]
 
   return run

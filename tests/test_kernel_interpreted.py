@@ -4,7 +4,6 @@ The whole body runs: stream, barriers, counters, every phase. What it gives is
 compared with the same step in plain `jnp`, from weights that were never packed.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,79 +66,6 @@ def test_what_lies_beyond_the_position_is_never_used():
 
 
 # ---- the extension of the interpreter itself -------------------------------
-
-
-def _two_ctas(body, **kwargs):
-  """Runs `body(cta, semaphores, out)` on two CTAs; returns `[2, 128]`."""
-  interpreter.install()
-  interpreter.reset()
-
-  def whole(out):
-    semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((2, 3)))
-    body(lax.axis_index("cta"), semaphores, out)
-
-  run = plgpu.kernel(
-    whole,
-    out_type=jax.ShapeDtypeStruct((2, 128), _F32),
-    cluster=(2,),
-    cluster_names=("cta",),
-    interpret=interpreter.interpret_params(detect_races=True),
-  )
-  return np.asarray(jax.jit(run)())
-
-
-def _write(out, row, value):
-  out.at[row][...] = jnp.full((128,), value, _F32)
-
-
-def test_semaphores_order_what_they_should():
-  def body(cta, semaphores, out):
-    @pl.when(cta == 0)
-    def _():
-      _write(out, 0, 1.0)
-      plgpu.semaphore_signal(semaphores.at[1, cta + 2])
-
-    @pl.when(cta == 1)
-    def _():
-      plgpu.semaphore_wait(semaphores.at[1, cta + 1], decrement=False)
-      out.at[1][...] = out.at[0][...] + jnp.full((128,), 1, _F32)
-
-  for _ in range(2):  # They start at zero again.
-    out = _two_ctas(body)
-    np.testing.assert_array_equal(out[:, 0], [1, 2])
-    assert not interpreter.races_found()
-
-
-def test_semaphores_order_no_more_than_was_awaited():
-  def body(cta, semaphores, out):
-    @pl.when(cta == 0)
-    def _():
-      plgpu.semaphore_signal(semaphores.at[0, 0])
-      _write(out, 0, 1.0)
-      plgpu.semaphore_signal(semaphores.at[0, 0])
-      plgpu.semaphore_signal(semaphores.at[0, 1])
-
-    @pl.when(cta == 1)
-    def _():
-      # By now the counter is at 2, but only this run knows that.
-      plgpu.semaphore_wait(semaphores.at[0, 0], 1, decrement=False)
-      out.at[1][...] = out.at[0][...]
-
-  _two_ctas(body)
-  assert interpreter.races_found()
-
-
-def test_a_deadlock_is_an_error(monkeypatch):
-  monkeypatch.setattr(interpreter, "DEADLOCK_S", 1.0)
-
-  def body(cta, semaphores, out):
-    _write(out, cta, 1.0)
-    plgpu.semaphore_signal(semaphores.at[1, 2])
-    plgpu.semaphore_wait(semaphores.at[1, 2], 3, decrement=False)
-
-  with pytest.raises(Exception, match=r"semaphore \d+\[1, 2\] is at 2 .* 3"):
-    _two_ctas(body)
-  interpreter.reset()
 
 
 class _NeverFrees(kernel.Cta):

@@ -51,10 +51,22 @@ def _geometry(**fields):
   return Geometry(**{**sizes, **fields})
 
 
+# Names are widths. Of 1024, all sizes are whole units and chunks.
 _GEOMETRIES = {
-  "576": _geometry(hidden_size=576, intermediate_size=200, head_dim=128),
-  "128": _geometry(hidden_size=128),
-  "200": _geometry(num_attention_heads=3, num_key_value_heads=1),
+  "1100": _geometry(hidden_size=1100, intermediate_size=2050, head_dim=128),
+  "1024": _geometry(
+    hidden_size=1024,
+    intermediate_size=1024,
+    num_attention_heads=8,
+    head_dim=128,
+    vocab_size=96,
+  ),
+  "203": _geometry(
+    hidden_size=203,
+    intermediate_size=97,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+  ),
 }
 
 
@@ -64,7 +76,7 @@ def _sizes(g):
   return dict(
     qkv=(heads * g.head_dim, g.hidden_size),
     o=(g.hidden_size, g.num_attention_heads * g.head_dim),
-    gate_up=(-(-g.intermediate_size // 32) * 64, g.hidden_size),
+    gate_up=(2 * g.intermediate_size, g.hidden_size),
     down=(g.hidden_size, g.intermediate_size),
     lm_head=(g.vocab_size, g.hidden_size),
   )
@@ -78,7 +90,7 @@ def test_matrices_come_back_and_padding_is_zero(name, num_ctas):
     out, cols = _sizes(g)[matmul.name]
     rows = _bits(out, cols)
     packed = packing.pack_matrix(matmul, rows)
-    assert packed.shape == (num_ctas, matmul.run, 128, 64)
+    assert packed.shape == (num_ctas, matmul.run_chunks, 128, 64)
     unpacked = packing.unpack_matrix(matmul, packed, out, cols)
     _assert_same_bits(unpacked, rows)
     # What else there is, is zero: positive, so that sums keep their sign.
@@ -86,76 +98,72 @@ def test_matrices_come_back_and_padding_is_zero(name, num_ctas):
     padded = np.zeros((matmul.rows, matmul.cols), ml_dtypes.bfloat16)
     padded[:out, :cols] = rows
     _assert_same_bits(whole, padded)
-    beyond = np.asarray(packed).reshape(-1, 128, 64)[matmul.num_chunks :]
+    num_chunks = matmul.num_units * matmul.chunks_per_unit
+    beyond = np.asarray(packed).reshape(-1, 128, 64)[num_chunks:]
     _assert_same_bits(beyond, np.zeros_like(beyond))
 
 
 def test_layers_are_packed_one_by_one():
-  matmul = make_schedule(_GEOMETRIES["200"], 5).down
-  rows = _bits(2, 200, 96)
+  matmul = make_schedule(_GEOMETRIES["203"], 5).down
+  rows = _bits(2, 203, 97)
   packed = packing.pack_matrix(matmul, rows)
   for layer in range(2):
     alone = packing.pack_matrix(matmul, rows[layer])
     _assert_same_bits(packed[layer], alone)
-  _assert_same_bits(packing.unpack_matrix(matmul, packed, 200, 96), rows)
+  _assert_same_bits(packing.unpack_matrix(matmul, packed, 203, 97), rows)
 
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 7, 132])
 def test_elements_are_where_the_kernel_looks(num_ctas):
-  out, cols = 300, 456
-  matmul = Matmul("any", 320, 512, num_ctas)
+  out, cols = 299, 2900
+  matmul = Matmul("any", 304, 3072, num_ctas)
   rows = _bits(out, cols)
   packed = np.asarray(packing.pack_matrix(matmul, rows))
   r, c = np.meshgrid(np.arange(out), np.arange(cols), indexing="ij")
-  # Chunks in order: all columns of 64 rows, 128 columns at a time; in a chunk,
-  # columns 64 to 127 lie below columns 0 to 63.
-  chunk = (r // 64) * (512 // 128) + c // 128
-  found = packed[
-    chunk // matmul.run,
-    chunk % matmul.run,
-    64 * (c % 128 // 64) + r % 64,
-    c % 64,
-  ]
+  # Columns are 8 segments. Chunks in order: all columns of 8 rows, 128 columns
+  # of each segment at a time; in a chunk, all rows' and segments' columns 64 to
+  # 127 lie below their columns 0 to 63.
+  segment, c = np.divmod(c, 3072 // 8)
+  chunk, c = np.divmod(c, 128)
+  half, c = np.divmod(c, 64)
+  unit, r = np.divmod(r, 8)
+  cta, unit = np.divmod(unit, matmul.run)
+  found = packed[cta, unit * 3 + chunk, 64 * half + 8 * r + segment, c]
   _assert_same_bits(found, rows)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_rope_partners_meet_in_a_tile(head_dim):
+def test_rope_partners_are_neighbours(head_dim):
   rows = _bits(2, 3 * head_dim, 40)
   permuted = packing.permute_heads(rows, head_dim)
   _assert_same_bits(packing.unpermute_heads(permuted, head_dim), rows)
   permuted = np.asarray(permuted)
   for head in range(3):
+    first, second = np.split(rows[:, head * head_dim :][:, :head_dim], 2, 1)
     for i in range(head_dim // 2):
-      tile = head * (head_dim // 64) + i // 32
-      first = rows[:, head * head_dim + i]
-      second = rows[:, head * head_dim + head_dim // 2 + i]
-      _assert_same_bits(permuted[:, 64 * tile + i % 32], first)
-      _assert_same_bits(permuted[:, 64 * tile + 32 + i % 32], second)
+      at = head * head_dim + 2 * i
+      _assert_same_bits(permuted[:, at], first[:, i])
+      _assert_same_bits(permuted[:, at + 1], second[:, i])
 
 
-@pytest.mark.parametrize("f", [96, 200, 64])
-def test_gate_and_up_meet_in_a_tile(f):
+@pytest.mark.parametrize("f", [96, 97, 1])
+def test_gate_and_up_are_neighbours(f):
   gate, up = _bits(2, f, 40), _bits(2, f, 40, seed=1)
-  rows = packing.interleave(gate, up)
-  for found, desired in zip(
-    packing.deinterleave(rows, f), (gate, up), strict=True
-  ):
-    _assert_same_bits(found, desired)
-  rows = np.asarray(rows)
-  assert rows.shape == (2, -(-f // 32) * 64, 40)
-  met = np.zeros(rows.shape[1], bool)
-  for i in range(f):
-    at = 64 * (i // 32) + i % 32
-    _assert_same_bits(rows[:, at], gate[:, i])
-    _assert_same_bits(rows[:, at + 32], up[:, i])
-    met[[at, at + 32]] = True
-  _assert_same_bits(rows[:, ~met], np.zeros_like(rows[:, ~met]))
+  rows = np.asarray(packing.interleave(gate, up))
+  assert rows.shape == (2, 2 * f, 40)
+  _assert_same_bits(rows[:, 0::2], gate)
+  _assert_same_bits(rows[:, 1::2], up)
+  # With a matrix's padding or without.
+  padded = np.pad(rows, ((0, 0), (0, -2 * f % 8), (0, 0)))
+  for both in (rows, padded):
+    found = packing.deinterleave(both, f)
+    for x, desired in zip(found, (gate, up), strict=True):
+      _assert_same_bits(x, desired)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_compiled_round_trip_keeps_all_bits(head_dim):
-  matmul = Matmul("any", 2 * 256, 256, 3)
+  matmul = Matmul("any", 2 * 256, 1024, 3)
   gate, up = _bits(2, 256, 200), _bits(2, 256, 200, seed=1)
 
   @jax.jit

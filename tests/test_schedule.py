@@ -1,7 +1,7 @@
 """Tests of `pallas_kernels.schedule`: the table against brute-force counts."""
 
-import collections
 import functools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -37,49 +37,30 @@ _MODELS = {
   "smollm2-135m": _geometry(576, 1536, 30, 9, 3, 64, 49152),
   "tiny": _geometry(256, 768, 4, 4, 2, 64, 384),
   # Nothing fits and D is not N H.
-  "odd": _geometry(200, 96, 2, 6, 2, 128, 100),
+  "odd": _geometry(203, 97, 2, 6, 2, 128, 101),
 }
 _NUM_CTAS = (1, 2, 3, 4, 7, 78, 114, 132)
 _POSITIONS = (0, 1, 63, 64, 65, 127, 128, 1000, 4095, 131071)
 
 
-def _streams(matmul):
-  """Returns the CTA that streams each chunk, having checked it is just one."""
-  times = np.zeros(matmul.num_chunks, int)
-  cta_of = np.zeros(matmul.num_chunks, int)
-  for cta, (first, count, _) in enumerate(matmul.table().tolist()):
-    assert 0 <= first <= first + count <= matmul.num_chunks
+def _check(matmul):
+  """Checks a table, CTA by CTA, against who should take which unit."""
+  table = matmul.table()
+  assert table.shape == (matmul.num_ctas, 2)
+  assert table.dtype == np.int32
+  assert matmul.num_units * 8 == matmul.rows
+  assert matmul.chunks_per_unit * 1024 == matmul.cols
+  assert matmul.run_chunks == matmul.run * matmul.chunks_per_unit
+  times = np.zeros(matmul.num_units, int)
+  for cta, (first, count) in enumerate(table.tolist()):
+    assert 0 <= first <= first + count <= matmul.num_units
+    # Arrays of packed weights are no longer than this.
     assert count <= matmul.run
     times[first : first + count] += 1
-    cta_of[first : first + count] = cta
+    # This is where packed weights are, so the table has to agree.
+    for unit in range(first, first + count):
+      assert divmod(unit, matmul.run) == (cta, unit - first)
   np.testing.assert_array_equal(times, 1)
-  return cta_of.tolist()
-
-
-def _check(matmul):
-  """Checks a table against what follows from who streams which chunk."""
-  table = matmul.table()
-  assert table.shape == (matmul.num_ctas, 3)
-  assert table.dtype == np.int32
-  cta_of = _streams(matmul)
-  per_tile = matmul.chunks_per_tile
-  joins = collections.Counter()
-  handed_on = collections.Counter()
-  owners = set()
-  for tile in range(matmul.num_tiles):
-    # In the order of the columns; an owner adds the parts of the CTAs after it.
-    ctas = list(dict.fromkeys(cta_of[tile * per_tile : (tile + 1) * per_tile]))
-    owner = ctas[0]
-    assert ctas == list(range(owner, owner + len(ctas)))
-    assert owner == tile * per_tile // matmul.run
-    owners.add(owner)
-    # Only an owner's last tile goes on in other CTAs.
-    assert joins[owner] == 0
-    joins[owner] = len(ctas) - 1
-    handed_on.update(ctas[1:])
-  assert table[:, 2].tolist() == [joins[cta] for cta in range(len(table))]
-  assert max(handed_on.values(), default=0) <= 1
-  assert matmul.num_owners == len(owners)
 
 
 @pytest.mark.parametrize("num_ctas", _NUM_CTAS)
@@ -88,37 +69,33 @@ def test_tables_agree_with_brute_force(name, num_ctas):
   plan = make_schedule(_MODELS[name], num_ctas)
   for matmul in plan.matmuls:
     _check(matmul)
+  table = plan.table()
+  assert table.shape == (num_ctas, 5, 2)
   np.testing.assert_array_equal(
-    plan.table(), np.stack([m.table() for m in plan.matmuls], axis=1)
+    table, np.stack([m.table() for m in plan.matmuls], axis=1)
   )
 
 
 @hypothesis.given(
-  tiles=st.integers(1, 60), chunks=st.integers(1, 40), p=st.integers(1, 150)
+  units=st.integers(1, 500), chunks=st.integers(1, 40), p=st.integers(1, 150)
 )
-def test_tables_of_any_matrix_agree_with_brute_force(tiles, chunks, p):
-  _check(Matmul("any", 64 * tiles, 128 * chunks, p))
-
-
-def _num_cuts(matmul, run):
-  return sum(
-    start % matmul.chunks_per_tile != 0
-    for start in range(run, matmul.num_chunks, run)
-  )
+def test_tables_of_any_matrix_agree_with_brute_force(units, chunks, p):
+  _check(Matmul("any", 8 * units, 1024 * chunks, p))
 
 
 @pytest.mark.parametrize("num_ctas", _NUM_CTAS)
 @pytest.mark.parametrize("name", _MODELS)
-def test_runs_are_nearly_even(name, num_ctas):
+def test_runs_are_even(name, num_ctas):
   for matmul in make_schedule(_MODELS[name], num_ctas).matmuls:
-    even = -(-matmul.num_chunks // num_ctas)
-    assert even <= matmul.run
-    assert matmul.run == even or (
-      matmul.run * num_ctas <= matmul.num_chunks * 1.07
-    )
-    # A longer run has to be worth it.
-    if matmul.run > even:
-      assert _num_cuts(matmul, matmul.run) < _num_cuts(matmul, even)
+    counts = matmul.table()[:, 1]
+    most = math.ceil(matmul.num_units / num_ctas)
+    # The slowest CTA is what a phase waits for.
+    assert counts.max() == matmul.run == most
+    # Full runs, then what is left, then none.
+    num_full, rest = divmod(matmul.num_units, most)
+    expected = [most] * num_full + [rest]
+    expected += [0] * (num_ctas - len(expected))
+    assert counts.tolist() == expected[:num_ctas]
 
 
 @pytest.mark.parametrize("name", _MODELS)
@@ -136,15 +113,54 @@ def test_sizes_are_the_models(name):
     (s.down, g.hidden_size, g.intermediate_size),
     (s.lm_head, g.vocab_size, g.hidden_size),
   ):
-    # Both of the model's paddings: to a chunk's 128 columns, whichever way the
-    # matrix lies, and to a tile's 64 rows.
-    assert rows <= matmul.rows < rows + 256
-    assert cols <= matmul.cols < cols + 128
-    assert matmul.rows % 64 == matmul.cols % 128 == 0
-    assert matmul.num_chunks * 64 * 128 == matmul.rows * matmul.cols
-  # What one matrix writes is what the next ones read.
-  assert s.o.rows == s.down.rows == s.qkv.cols == s.gate_up.cols
-  assert s.gate_up.rows == 2 * s.down.cols
+    # Padding, to a unit's 8 rows and to a chunk's 1024 columns, and no more.
+    assert rows <= matmul.rows < rows + 8
+    assert cols <= matmul.cols < cols + 1024
+    assert matmul.rows % 8 == matmul.cols % 1024 == 0
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_what_one_matrix_writes_is_what_the_next_one_reads(name):
+  g = _MODELS[name]
+  for num_ctas in _NUM_CTAS:
+    plan = make_plan(g, 3, 1024, num_ctas)
+    s = plan.schedule
+    words = {key: words for key, (_, words) in plan.exchanges.items()}
+    # Two to a word, of gate and up one for both.
+    assert 2 * words["qkv"] == s.qkv.rows
+    assert 2 * words["middle"] == s.o.rows
+    assert 2 * words["hidden"] == s.gate_up.rows // 2
+    assert 2 * words["output"] == s.down.rows
+    # Columns beyond what is written are padding.
+    heads_width = g.num_attention_heads * g.head_dim
+    for written, matmuls in (
+      (heads_width, [s.o]),
+      (s.o.rows, [s.gate_up]),
+      (s.gate_up.rows // 2, [s.down]),
+      (s.down.rows, [s.qkv, s.lm_head]),
+    ):
+      for matmul in matmuls:
+        assert written <= matmul.cols < written + 1024
+    assert 2 * words["attended"] == heads_width
+    # A CTA keeps its rows of the residual stream to itself.
+    np.testing.assert_array_equal(s.o.table(), s.down.table())
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_exchanges_do_not_overlap(name):
+  g = _MODELS[name]
+  for batch, num_ctas, capacity in ((1, 132, 4096), (8, 132, 64), (3, 2, 512)):
+    plan = make_plan(g, batch, capacity, num_ctas)
+    rows = dict.fromkeys(("qkv", "attended", "middle", "hidden"), batch)
+    rows |= dict(output=batch, candidates=2 * batch)
+    if plan.splits > 1:
+      rows["parts"] = batch * g.num_key_value_heads * plan.splits
+    taken = np.zeros(plan.num_words, int)
+    for exchange, num_rows in rows.items():
+      first, row_words = plan.exchanges[exchange]
+      assert first + num_rows * row_words <= plan.num_words
+      taken[first : first + num_rows * row_words] += 1
+    np.testing.assert_array_equal(taken, 1)
 
 
 def _check_splits(position, most):
@@ -210,20 +226,51 @@ def test_items_of_split_attention_have_a_cta_each(
   assert splits == 1 or splits * heads <= num_ctas
 
 
+@pytest.mark.parametrize("capacity", [64, 256, 320, 4096])
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_small_cache_has_no_splits_that_never_work(name, capacity):
+  most = schedule.max_splits(_MODELS[name], 1, 132)
+  splits = make_plan(_MODELS[name], 1, capacity, 132).splits
+  assert 1 <= splits <= most
+  assert splits == most or splits == math.ceil(capacity / 256)
+  # Positions are cut as if there were more.
+  for position in range(0, capacity, 64):
+    num_splits = split_of(position, 0, most)[3]
+    assert split_of(position, 0, splits)[3] == num_splits <= splits
+
+
+@pytest.mark.parametrize("num_ctas", [78, 114, 132])
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_every_width_leaves_room_for_a_ring(head_dim):
-  for hidden_size in range(128, geometry.MAX_HIDDEN_SIZE + 1, 128):
-    g = geometry.Geometry(
-      hidden_size=hidden_size,
-      intermediate_size=256,
-      num_hidden_layers=1,
-      num_attention_heads=1,
-      num_key_value_heads=1,
-      head_dim=head_dim,
-      vocab_size=128,
-      rms_norm_eps=1e-5,
-      tie_word_embeddings=True,
-    )
-    geometry.check(g, 1)
-    # Keys and values of wide heads take two slots.
-    assert make_plan(g, 1, 64, 132).num_slots >= 3
+def test_every_width_leaves_room_for_a_ring(head_dim, batch, num_ctas):
+  # The MLP may have far more columns than shared memory holds at once.
+  for mlp_width in (256, 65536):
+    for hidden_size in range(8, geometry.MAX_HIDDEN_SIZE + 1, 8):
+      g = _geometry(hidden_size, mlp_width, 1, 8, 1, head_dim, 128)
+      geometry.check(g, batch)
+      # Keys and values of wide heads take two slots.
+      assert make_plan(g, batch, 1024, num_ctas).num_slots >= 3
+
+
+def test_a_plan_without_room_for_a_ring_is_refused():
+  g = _geometry(8192, 256, 1, 8, 1, 128, 128)
+  with pytest.raises(
+    geometry.UnsupportedError, match="8192 with batch 8 on 1 CTAs .* 0 slots"
+  ):
+    make_plan(g, 8, 64, 1)
+
+
+def test_blocks_cover_every_chunk():
+  for batch in (1, 3, 8):
+    for g in _MODELS.values():
+      plan = make_plan(g, batch, 64, 132)
+      for matmul in plan.schedule.matmuls:
+        num_blocks = plan.num_blocks(matmul)
+        per_block = plan.block_chunks(matmul)
+        assert per_block <= plan.x_chunks
+        # As even as can be, and the last one is not empty.
+        assert per_block == math.ceil(matmul.chunks_per_unit / num_blocks)
+        assert (num_blocks - 1) * per_block < matmul.chunks_per_unit
+        # What is normed is normed as a whole.
+        if matmul.name not in ("o", "down"):
+          assert num_blocks == 1
