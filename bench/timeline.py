@@ -35,6 +35,8 @@ _POSITION = flags.DEFINE_integer("position", 96, "Of the new token.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps, of which the mean is taken.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 
+# What is said of every phase.
+_SPENT = times.KINDS[: times.KINDS.index("step")]
 _PHASES = ("qkv", "attention", "o", "gate_up", "down", "lm_head")
 
 
@@ -115,28 +117,27 @@ def main(argv: list[str]) -> None:
       del repeat
     counted = np.asarray(out[-1], np.float64)
   assert counted is not None
-  # What an H100 runs at under this load.
-  cycles_per_us = 1755.0
-  counted /= steps * cycles_per_us
+  counted /= steps
+  of_all = counted[:, 0, len(_SPENT) :]
+  step_us = of_all[:, 1].max() / 1e3
+  cycles_per_us = (1e3 * of_all[:, 0] / of_all[:, 1]).mean()
+  counted /= cycles_per_us
   print(
-    f"step {took_us[False]:.1f} us, counting cycles {took_us[True]:.1f} us;"
-    f" in the kernel {counted[:, 0, -2].mean():.1f} (max"
-    f" {counted[:, 0, -2].max():.1f}) at {cycles_per_us:.0f} cycles per us"
+    f"step {took_us[False]:.1f} us, counting cycles {took_us[True]:.1f} us, of"
+    f" these in the kernel {step_us:.1f}; {cycles_per_us:.0f} cycles per us"
   )
   table = {}
-  print("| phase | " + " | ".join(times.KINDS[:-2]) + " | CTAs |")
+  print("| phase | " + " | ".join(_SPENT) + " | CTAs |")
   for p, phase in enumerate(_PHASES):
     took_part = counted[:, p, 1] > 0
     if not took_part.any():
       continue
-    mean = counted[took_part, p, :-2].mean(0)
-    spread = counted[took_part, p, :-2].max(0)
-    table[phase] = dict(
-      zip(times.KINDS[:-2], mean.round(2).tolist(), strict=True)
-    )
+    mean = counted[took_part, p, : len(_SPENT)].mean(0)
+    spread = counted[took_part, p, : len(_SPENT)].max(0)
+    table[phase] = dict(zip(_SPENT, mean.round(2).tolist(), strict=True))
     cells = [f"{m:.1f} ({s:.1f})" for m, s in zip(mean, spread, strict=True)]
     print(f"| {phase} | " + " | ".join(cells) + f" | {took_part.sum()} |")
-  total = counted[:, :, :-2].sum(1).mean(0)
+  total = counted[:, :, : len(_SPENT)].sum(1).mean(0)
   print("| all | " + " | ".join(f"{x:.1f}" for x in total) + " | |")
   if _OUTPUT.value is not None:
     path = pathlib.Path(_OUTPUT.value)
@@ -150,6 +151,8 @@ def main(argv: list[str]) -> None:
       position=_POSITION.value,
       step_us=took_us[False],
       step_counting_us=took_us[True],
+      kernel_counting_us=step_us,
+      cycles_per_us=cycles_per_us,
       phases_us=table,
     )
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")

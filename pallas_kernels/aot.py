@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import kernel, mosaic
+from pallas_kernels import kernel, mosaic, times
 from pallas_kernels.plan import Plan, operand_shapes
 
 # Where Mosaic writes what it and ptxas make of a kernel.
@@ -144,21 +145,32 @@ def compile_for_hopper(
     return _report(pathlib.Path(folder), compile_s)
 
 
-def compile_step(plan: Plan) -> Report:
-  """Compiles the decode step of a plan as `kernel.step` launches it."""
-  shapes = operand_shapes(plan)
-  launch = kernel.make_step(plan)
-  names = list(shapes)
-  caches = [names.index(name) for name in ("words", "k_cache", "v_cache")]
+def compile_step(plan: Plan, *, timed: bool = False) -> Report:
+  """Compiles the decode step of a plan as `kernel.step` launches it.
+
+  Args:
+    plan: sizes and schedule.
+    timed: whether it counts where its time goes, see `times`.
+  """
+  shapes = dict(operand_shapes(plan))
+  if timed:
+    counters = ((plan.num_ctas, *times.SHAPE), jnp.int32)
+    shapes = {"times": counters, **shapes}
+  launch = kernel.make_step(plan, timed=timed)
+  refs = [
+    i
+    for i, name in enumerate(shapes)
+    if name in ("times", "words", "k_cache", "v_cache")
+  ]
 
   def step(*operands: jax.Array) -> list[jax.Array]:
     args: list[Any] = list(operands)
-    for i in caches:
+    for i in refs:
       args[i] = jax.new_ref(args[i])
-    logits, next_ids, *_ = launch(*args)
-    return [logits, next_ids, *(jax.freeze(args[i]) for i in caches)]
+    logits, next_ids = launch(*args)
+    return [logits, next_ids, *(jax.freeze(args[i]) for i in refs)]
 
-  return compile_for_hopper(step, *shapes.values(), donate=caches)
+  return compile_for_hopper(step, *shapes.values(), donate=refs)
 
 
 def _report(folder: pathlib.Path, compile_s: float) -> Report:

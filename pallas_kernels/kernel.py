@@ -199,7 +199,7 @@ def make_step(
       if interpret is None:
         mosaic.keep_plain(*(refs[name] for name in plain))
       cta.phase = QKV
-      with cta.span("step"):
+      with cta.span("step"), cta.span("step_ns"):
         cta.compute()
       times.count_sm(cta.times, cta.cta)
 
@@ -262,7 +262,7 @@ def step(
   )
   angles = jnp.stack([cos, sin])
   k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-  logits, next_ids, *_ = make_step(plan, timed=times_ref is not None)(
+  logits, next_ids = make_step(plan, timed=times_ref is not None)(
     *([] if times_ref is None else [times_ref]),
     jnp.asarray(plan.schedule.table()),
     jnp.full((1,), g.num_hidden_layers, I32),

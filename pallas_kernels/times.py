@@ -14,13 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.layouts import I32, Index, Ref
-from pallas_kernels.plan import NUM_PHASES
+from pallas_kernels.plan import NUM_PHASES, QKV
 
 # What cycles are spent on: by the compute warpgroup, waiting for results and
 # writing them to x; multiplying, waits for chunks included; those waits alone;
 # sums, what becomes of them, and sending. By the memory warpgroup, waiting for
-# a free slot. And by all, from the first instruction to the last.
-# Last, which SM it was.
+# a free slot. And by all, from the first instruction to the last, once in cycles
+# and once in nanoseconds. Last, which SM it was.
 KINDS = (
   "fill",
   "multiply",
@@ -28,6 +28,7 @@ KINDS = (
   "finish",
   "ring_full",
   "step",
+  "step_ns",
   "sm",
 )
 SHAPE = (NUM_PHASES, len(KINDS))
@@ -51,25 +52,21 @@ def span(
   index = jnp.asarray(
     (cta * SHAPE[0] + phase) * SHAPE[1] + KINDS.index(kind), I32
   )
-  _count(times, index, "sub")
+  clock = "globaltimer_lo" if kind == "step_ns" else "clock"
+  _count(times, index, f"mov.u32 x, %{clock}; neg.s32 x, x;")
   yield
-  _count(times, index, "add")
+  _count(times, index, f"mov.u32 x, %{clock};")
 
 
 def count_sm(times: Ref | None, cta: Index) -> None:
   """Adds the number of the SM that the CTA runs on."""
   if times is not None:
-    _count(
-      times, jnp.asarray(cta * SHAPE[0] * SHAPE[1] + SHAPE[1] - 1, I32), "sm"
-    )
+    index = (cta * SHAPE[0] + QKV) * SHAPE[1] + KINDS.index("sm")
+    _count(times, jnp.asarray(index, I32), "mov.u32 x, %smid;")
 
 
-def _count(times: Ref, index: Any, what: str) -> None:
-  value = dict(
-    sub="mov.u32 x, %clock; neg.s32 x, x;",
-    add="mov.u32 x, %clock;",
-    sm="mov.u32 x, %smid;",
-  )[what]
+def _count(times: Ref, index: Any, value: str) -> None:
+  """Adds what `value` puts into x."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
   def program(context: Any, times: Any, index: Any) -> None:

@@ -239,7 +239,7 @@ def _compiled(plan, detect_races, **kwargs):
   def run(operands):
     *others, words, k_cache, v_cache = operands
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    logits, next_ids, *_ = step(*others, jax.new_ref(words), k_ref, v_ref)
+    logits, next_ids = step(*others, jax.new_ref(words), k_ref, v_ref)
     return logits, next_ids, k_ref[...], v_ref[...]
 
   return run

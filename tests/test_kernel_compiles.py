@@ -74,6 +74,11 @@ def test_compile_time_does_not_grow_with_layers():
   assert many.registers == few.registers
 
 
+def test_a_kernel_that_counts_its_time_compiles():
+  report = aot.compile_step(_plan(3), timed=True)
+  assert not report.spills
+
+
 def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
   monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
   batch, capacity = 2, 1024
