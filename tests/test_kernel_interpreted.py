@@ -4,6 +4,8 @@ The whole body runs: stream, barriers, counters, every phase. What it gives is
 compared with the same step in plain `jnp`, from weights that were never packed.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from interpreted_step import (
 )
 
 from pallas_kernels import kernel
+from pallas_kernels import plan as plan_lib
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 
@@ -47,6 +50,20 @@ _CASES = {
 
 @pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 def test_step_equals_plain_jnp(case):
+  check(case)
+
+
+@pytest.mark.parametrize("positions", [(40,), (63, 5)])
+def test_activations_come_in_blocks_where_they_are_too_many(
+  positions, monkeypatch
+):
+  # Three chunks of columns, of which two fit: the last block is shorter.
+  monkeypatch.setattr(plan_lib, "_X_BYTES", 4096 * len(positions))
+  g = dataclasses.replace(TINY, num_hidden_layers=1, intermediate_size=2100)
+  case = Case(g, 3, 64, positions, (True,) * len(positions))
+  plan = plan_lib.make_plan(g, len(positions), 64, 3)
+  assert plan.num_blocks(plan.schedule.down) == 2
+  assert plan.block_chunks(plan.schedule.down) == 2
   check(case)
 
 
