@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ffjax import device_memory
 from ffjax.cache import KVCache
 from ffjax.errors import RequestError
 from ffjax.implementation import (
@@ -27,8 +28,8 @@ from ffjax.sampling import Sampling, choose
 _SCORES_BYTES = 256 * 2**20
 _MAX_CHUNK = 512
 
-# Steps between two looks at whether all sequences have finished: each look costs
-# the GPU a wait for the host.
+# Steps between two looks at whether all sequences have finished, on a GPU, where
+# each look is a wait for the host.
 _STEPS_PER_LOOK = 8
 
 # Emitted for a sequence that has ended.
@@ -247,6 +248,12 @@ def decode_step(
   return _step(model, state, sampling, implementation, stop_on_eos)
 
 
+def _looks_are_costly(implementation: str, model: Model) -> bool:
+  # Compiled for a GPU that is elsewhere, the kernel is still the kernel.
+  is_fused = resolve(implementation, model).name == "fused"
+  return is_fused or device_memory.default_device().platform != "cpu"
+
+
 @functools.partial(
   jax.jit,
   static_argnames=("max_steps", "implementation", "stop_on_eos"),
@@ -264,7 +271,8 @@ def decode_steps(
 ) -> tuple[DecodeState, jax.Array]:
   """Runs steps until all sequences have finished, as one device loop.
 
-  Jitted; donates `state`.
+  Jitted; donates `state`. On a GPU the loop looks every few steps whether all
+  have finished; those that it runs too many change nothing.
 
   Args:
     model: the model.
@@ -311,7 +319,7 @@ def decode_steps(
     return jax.lax.fori_loop(0, _STEPS_PER_LOOK, lambda _, c: step(c), carry)
 
   carry = (jnp.int32(0), state, new_tokens)
-  if max_steps >= _STEPS_PER_LOOK:
+  if _looks_are_costly(implementation, model) and max_steps >= _STEPS_PER_LOOK:
     several = functools.partial(goes_on, _STEPS_PER_LOOK)
     carry = jax.lax.while_loop(several, steps, carry)
   _, state, new_tokens = jax.lax.while_loop(

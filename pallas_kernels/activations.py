@@ -1,4 +1,4 @@
-"""From what CTAs have sent to x, the operand of the products with 8 columns.
+"""From what CTAs have sent to x, the operand of the products that is not weights.
 
 x is `[8 B, columns]`: row `8 b + s` is segment s of sequence b's activations.
 """

@@ -165,9 +165,10 @@ class AttentionPhase(Stream):
         for slot in (k_slot, v_slot)
       )
     # The tile's keys and values have arrived.
-    plgpu.barrier_wait(self.produced.at[k_slot])
-    if g.head_dim != TILE:
-      plgpu.barrier_wait(self.produced.at[v_slot])
+    with self.span("ring_empty"):
+      plgpu.barrier_wait(self.produced.at[k_slot])
+      if g.head_dim != TILE:
+        plgpu.barrier_wait(self.produced.at[v_slot])
 
     # The new token is not in the cache yet.
     @pl.when(t == position // TILE)

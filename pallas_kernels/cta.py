@@ -1,4 +1,4 @@
-"""What one CTA of the kernel knows: its refs, its counters, its share."""
+"""What one CTA of the kernel knows: its refs, its share."""
 
 import contextlib
 from collections.abc import Callable

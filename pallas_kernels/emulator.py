@@ -4,8 +4,9 @@ What a CTA multiplies, what it hands on and in which order sums are taken all
 come from the table and from `schedule.split_of`, weights from the packed
 arrays, and bfloat16 rounding happens where the kernel rounds. So a difference
 between the two is one of the kernel's own, and `stop_after` says in which
-phase it begins. Only sums within half a chunk of columns, over segments, or
-over a tile of keys, and `exp` and `rsqrt`, round as the platform likes.
+phase it begins. Only sums within half a chunk of columns, over segments and
+blocks of columns, or over a tile of keys, and `exp` and `rsqrt`, round as the
+platform likes.
 
 The arithmetic is JAX's, in pieces of one shape whatever the model, so that
 little is compiled; the CTAs are a Python loop. What they exchange is NaN until
@@ -261,8 +262,8 @@ def _sent(x: Any) -> np.ndarray:
 class _Step:
   """Everything that the CTAs of a step share, and what each of them does.
 
-  Arrays per sequence have 8 rows, as many as `wgmma` takes; those beyond the
-  batch stay NaN.
+  Arrays per sequence have 8 rows, the largest batch; those beyond the batch stay
+  NaN.
   """
 
   def __init__(self, plan: Plan, operands: Mapping[str, Any]):
@@ -424,7 +425,7 @@ class _Step:
 
   def _choose(self) -> None:
     # Comparisons do not round, so it does not matter in which order CTAs take
-    # the best of their tiles and then of each other.
+    # the best of their rows and then of each other.
     real = self._logits[:, : self._geometry.vocab_size]
     self._next_ids = np.argmax(real, axis=1).astype(np.int32)
 

@@ -21,7 +21,8 @@ CHUNK_ROWS = 2 * UNIT_ROWS * SEGMENTS
 CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLS
 # Columns of the matrix in a chunk, over all segments.
 CHUNK_WIDTH = SEGMENTS * CHUNK_COLS
-# Keys of the cache are taken 64 at a time.
+# Keys of the cache are taken 64 at a time; it is also `wgmma`'s M, and half a
+# chunk's columns.
 TILE = 64
 MAX_BATCH = 8
 MAX_GROUP = 8

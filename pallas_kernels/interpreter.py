@@ -534,7 +534,7 @@ def _recorded_wgmma(real: Callable[..., Any]) -> Callable[..., Any]:
           memory.access(key, jax.tree.map(int, transforms)),
           source_info=source_info,
         )
-    # Rows that pad the batch may hold anything.
+    # Rows that pad the group may hold anything.
     with np.errstate(all="ignore"):
       return real(token=token, thread=thread, source_info=source_info, **kwargs)
 

@@ -25,7 +25,7 @@ SWIZZLED = (
 
 
 def rows_layout(cols: int) -> Any:
-  """Returns the layout of `[8, cols]` arrays, a row per sequence.
+  """Returns the layout of `[8, cols]` arrays, a row per segment or query.
 
   Two rows per warp, 16 lanes across one: half a warp then covers 128 bytes of a
   bfloat16 row, in which no two lanes of a swizzled store conflict.

@@ -1,7 +1,7 @@
 """Weights in the order in which the kernel streams them.
 
 `[out, in]` matrices become chunks `[..., P, n, 128, 64]` bfloat16: CTA p reads
-its n chunks from front to back, see `geometry` for what is in one. Row `64 h +
+its n chunks unit by unit, see `geometry` for what is in one. Row `64 h +
 8 r + s` of a chunk is 64 columns, half h of its 128, of segment s of the unit's
 row r. Rows and columns are padded with zeros. What packs and what unpacks are
 inverses bit for bit, NaNs included.

@@ -9,10 +9,13 @@ Consistency Model": a scalar access of 64 bits is single-copy atomic, and
 relaxed ones by two threads are morally strong). So there is neither a fence,
 which would wait for the bulk loads that are under way, nor a counter.
 
-Words are zero at launch. They are written again in the next layer: whoever
-writes one has waited, directly or by way of others, for all who read it, since
-a CTA sends what it makes of a phase's input after it has read all of it, and
-every phase needs words from all CTAs that had a part in the one before.
+Words are zero at launch, and are written again in the next layer. By then all who
+read them have: every word of a layer depends on all of the last one's `output`,
+that on all of `hidden`, that on all of `middle`, that on all of `attended`, and
+each head's part of `attended` on its queries, keys, values and `parts`. Whoever
+reads any of these makes something of it that it sends, the last of it after its
+last read. So every reader of a layer's words is upstream of every writer of the
+next layer's.
 
 These are programs of single threads, which Pallas has no words for: each takes
 refs whole and scalars that say where. `interpreter` runs what they mean.

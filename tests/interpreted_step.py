@@ -30,7 +30,6 @@ TINY = Geometry(
   tie_word_embeddings=True,
 )
 # Wide heads, padding of everything that can be padded, an LM head of its own.
-# Three CTAs cut its tiles.
 WIDE = Geometry(
   hidden_size=200,
   intermediate_size=300,

@@ -252,6 +252,45 @@ def test_steps_equal_the_loop_and_respect_their_number(ending_model):
   chex.assert_trees_all_close(one.cache, state.cache, atol=1e-5)
 
 
+@pytest.mark.parametrize("stop_on_eos", [True, False])
+@pytest.mark.parametrize("num_steps", [0, 3, 8, 9, 16, 21, 30])
+def test_rare_looks_change_nothing(
+  ending_model, num_steps, stop_on_eos, monkeypatch
+):
+  # As on a GPU: eight steps between two looks, until fewer than that are left.
+  def run():
+    state = decode.prefill(
+      ending_model,
+      np.full((3, 4), 7, np.int32) + np.arange(3, dtype=np.int32)[:, None],
+      np.asarray([4, 2, 3], np.int32),
+      SAMPLINGS["everything"],
+      capacity=64,
+      stop_on_eos=stop_on_eos,
+    )
+    # Not jitted as users do, or the second trace would be the first one.
+    loop = jax.jit(
+      functools.partial(
+        decode.decode_steps.__wrapped__,
+        max_steps=21,
+        stop_on_eos=stop_on_eos,
+      )
+    )
+    return loop(ending_model, state, num_steps, SAMPLINGS["everything"])
+
+  often = run()
+  monkeypatch.setattr(stepping, "_looks_are_costly", lambda *_: True)
+  rarely = run()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    *(jax.tree.map(_plain_key, x) for x in (often, rarely)),
+  )
+
+
+def _plain_key(x):
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return jax.random.key_data(x) if is_key else x
+
+
 def test_full_cache_ends_a_sequence(model):
   """The decode loop must not write, or claim, a token that has no slot."""
   state = decode.prefill(

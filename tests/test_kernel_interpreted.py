@@ -1,6 +1,6 @@
 """Tests of the kernel itself on a CPU, in Pallas' interpreter.
 
-The whole body runs: stream, barriers, counters, every phase. What it gives is
+The whole body runs: stream, barriers, words, every phase. What it gives is
 compared with the same step in plain `jnp`, from weights that were never packed.
 """
 
@@ -42,7 +42,7 @@ _CASES = {
   "first token": Case(TINY, 4, 128, (0,)),
   "two sequences": Case(TINY, 4, 128, (64, 127), (True, True)),
   "an idle sequence": Case(TINY, 2, 128, (0, 100), (False, True)),
-  "wide heads, cut tiles": Case(WIDE, 3, 64, (40,)),
+  "wide heads, three CTAs": Case(WIDE, 3, 64, (40,)),
   "wide heads, two sequences": Case(WIDE, 3, 128, (3, 90), (True, True)),
   "keys of a head split": Case(TINY, 4, 512, (500,)),
 }

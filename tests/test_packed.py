@@ -197,6 +197,8 @@ def test_there_are_never_two_copies(make_config, monkeypatch):
 
     def watched(*args, **kwargs):
       made = jax.block_until_ready(function(*args, **kwargs))
+      if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(made)):
+        return made  # Asked for its shape only.
       live.append(sum(x.nbytes for x in jax.live_arrays()) - begin)
       return made
 
