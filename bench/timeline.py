@@ -24,7 +24,7 @@ from absl import app, flags
 
 import ffjax
 from ffjax import packed, rope
-from ffjax.cache import rounded_capacity
+from ffjax.cache import KVCache, rounded_capacity
 from ffjax.presets import PRESETS
 from pallas_kernels import kernel, times
 from pallas_kernels.plan import make_plan
@@ -90,13 +90,7 @@ def main(argv: list[str]) -> None:
   capacity = rounded_capacity(_POSITION.value + 1)
   params = model.params
   plan = make_plan(packed.geometry_of(config), batch, capacity, params.num_ctas)
-  shape = (
-    config.num_hidden_layers,
-    batch,
-    config.num_key_value_heads,
-    capacity,
-    config.head_dim,
-  )
+  shape = KVCache.create(config, batch, capacity, jnp.bfloat16).k.shape
   positions = jnp.full((batch,), _POSITION.value, jnp.int32)
   took_us = {}
   counted = None
@@ -104,7 +98,7 @@ def main(argv: list[str]) -> None:
     run = functools.partial(
       _run, plan=plan, config=config, timed=timed, steps=steps
     )
-    for repeat in range(3):
+    for _ in range(3):
       k, v = (
         jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)
         for n in range(2)
@@ -114,7 +108,6 @@ def main(argv: list[str]) -> None:
       begin = time.perf_counter()
       out = jax.block_until_ready(run(params, token_ids, k, v, positions))
       took_us[timed] = 1e6 * (time.perf_counter() - begin) / steps
-      del repeat
     counted = np.asarray(out[-1], np.float64)
   assert counted is not None
   counted /= steps

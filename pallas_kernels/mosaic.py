@@ -79,11 +79,13 @@ class Int:
     is_array = hasattr(value, "registers")
     self.value = value.registers.flat[0] if is_array else value
 
+  def _operand(self, other: Any) -> Any:
+    if isinstance(other, Int):
+      return other.value
+    return _mlir().utils.c(int(other), self.value.type)
+
   def _binary(self, name: str, other: Any) -> "Int":
-    m = _mlir()
-    if not isinstance(other, Int):
-      other = Int(m.utils.c(int(other), self.value.type))
-    return Int(getattr(m.arith, name)(self.value, other.value))
+    return Int(getattr(_mlir().arith, name)(self.value, self._operand(other)))
 
   def __add__(self, other: Any) -> "Int":
     return self._binary("addi", other)
@@ -110,9 +112,9 @@ class Int:
 
   def __lt__(self, other: Any) -> "Int":
     m = _mlir()
-    if not isinstance(other, Int):
-      other = Int(m.utils.c(int(other), self.value.type))
-    less = m.arith.cmpi(m.arith.CmpIPredicate.slt, self.value, other.value)
+    less = m.arith.cmpi(
+      m.arith.CmpIPredicate.slt, self.value, self._operand(other)
+    )
     return Int(m.arith.extui(self.value.type, less))
 
 

@@ -44,6 +44,18 @@ _TILE_BYTES = 8 * _TILE_ROW_BYTES
 _SWIZZLED_BYTES = 16
 
 
+def _swizzled_byte(row: Any, byte: Any) -> Any:
+  """Returns where in its row of a tile a byte of an operand of `wgmma` is."""
+  return byte ^ (row % 8 * _SWIZZLED_BYTES)
+
+
+def _tiled_byte(row: Any, byte: Any) -> Any:
+  """Returns where byte `byte` of one of an operand's 8 rows is."""
+  within = _swizzled_byte(row, byte % _TILE_ROW_BYTES)
+  tile = byte // _TILE_ROW_BYTES
+  return tile * _TILE_BYTES + row * _TILE_ROW_BYTES + within
+
+
 @dataclasses.dataclass(frozen=True)
 class Send:
   """Stores rows of shared memory as words.
@@ -151,11 +163,7 @@ class Receive:
         word,
         (row * self.target_stride + i) * _PAYLOAD_BYTES,
       )
-    byte = i * _PAYLOAD_BYTES
-    within = (byte % _TILE_ROW_BYTES) ^ (row % 8 * _SWIZZLED_BYTES)
-    tile = byte // _TILE_ROW_BYTES
-    at = tile * _TILE_BYTES + row * _TILE_ROW_BYTES + within
-    return first, second, word, at
+    return first, second, word, _tiled_byte(row, i * _PAYLOAD_BYTES)
 
 
 def _scalars(*values: Index) -> list[jax.Array]:
@@ -267,10 +275,7 @@ class Take:
     """Returns whether there is such a column, and where it is, in bytes."""
     column = start + t
     row, byte = column // self.segment, column % self.segment * 2
-    within = (byte % _TILE_ROW_BYTES) ^ (row % 8 * _SWIZZLED_BYTES)
-    tile = byte // _TILE_ROW_BYTES
-    at = tile * _TILE_BYTES + row * _TILE_ROW_BYTES + within
-    return (t < self.num_columns) & (row < 8), at
+    return (t < self.num_columns) & (row < 8), _tiled_byte(row, byte)
 
 
 def take(
@@ -507,7 +512,7 @@ def _emit_patch(
   what: Patch, new: Any, ring: Any, k_row: Any, v_row: Any, row: Any
 ) -> None:
   def place(ring_row: Any, piece: Any) -> Any:
-    within = (piece * _SWIZZLED_BYTES) ^ (ring_row % 8 * _SWIZZLED_BYTES)
+    within = _swizzled_byte(ring_row, piece * _SWIZZLED_BYTES)
     return ring.plus(ring_row * _TILE_ROW_BYTES + within, 1)
 
   for t in _turns(what.num_pieces):
