@@ -114,7 +114,7 @@ class AttentionPhase(Stream):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     g = self.geometry
     first, row_words = self.plan.exchanges["qkv"]
-    head_words = g.head_dim // 2
+    head_words = g.head_dim // 4
     row = first + b * row_words
     queries = words.Wanted(
       self.q,
@@ -298,11 +298,11 @@ class AttentionPhase(Stream):
       mosaic.store(target, (value / total).astype(BF16))
     words.send(
       self.words,
-      first + b * row_words + head * (g.group * g.head_dim // 2),
+      first + b * row_words + head * (g.group * g.head_dim // 4),
       self.attended,
       0,
-      g.head_dim // 2,
+      g.head_dim // 4,
       stamp,
       num_rows=g.group,
-      target_stride=g.head_dim // 2,
+      target_stride=g.head_dim // 4,
     )

@@ -46,6 +46,7 @@ class CtaBase:
   results: Ref
   results_f32: Ref
   residual: Ref
+  squares: Ref
   cos_sin: Ref
   state: Ref
   attended: Ref

@@ -27,6 +27,8 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import words
+from pallas_kernels.geometry import SEGMENTS
+from pallas_kernels.plan import WARPS
 
 # A wait that has not ended by then never will.
 DEADLOCK_S = 60.0
@@ -162,7 +164,7 @@ class _Words:
   Attributes:
     changed: guards the rest.
     stamps: by index.
-    payloads: likewise, 32 bits.
+    payloads: likewise, bits.
   """
 
   changed: threading.Condition = dataclasses.field(
@@ -184,7 +186,7 @@ class _Words:
 
   def receive(
     self, index: np.ndarray, stamp: int, check: Callable[[], None], where: str
-  ) -> np.ndarray:
+  ) -> list[int]:
     """Waits for words and returns their payloads.
 
     Args:
@@ -202,7 +204,7 @@ class _Words:
       while True:
         others = [i for i in wanted if self.stamps.get(i, 0) != stamp]
         if not others:
-          return np.array([self.payloads.get(i, 0) for i in wanted], np.uint32)
+          return [self.payloads.get(i, 0) for i in wanted]
         i = others[0]
         found = self.stamps.get(i, 0)
         if found > stamp:
@@ -292,7 +294,7 @@ def _run_send(
   rows, cols = what.num_rows, source[2][1]
   values = run.read(source, (0, 0), (rows, cols))
   if what.stamped:
-    bits = values.view(np.uint32).ravel()
+    bits = values.view(f"u{what.payload_bytes}").ravel()
     run.words.send(first + word[sent], bits[payload[sent]], stamp)
   elif count > 0:
     run.write(target, (0, start), values[:, :count])
@@ -304,36 +306,76 @@ def _run_receive(
   refs: Sequence[Any],
   scalars: Sequence[int],
 ) -> None:
-  stamp, *rest = scalars
-  for n, (one, target) in enumerate(zip(what, refs[1:], strict=True)):
+  norm, square, stamp, *rest = scalars
+  refs = refs[1:]
+  norms, squares, *refs = refs if what[0].gained else (None, None, *refs)
+  for n, (one, target) in enumerate(zip(what, refs, strict=True)):
     first, column, offset_bytes, valid = rest[4 * n : 4 * n + 4]
-    t = np.arange(one.num_pairs)
-    wants_a, wants_b, word, _ = one.place(t, column, valid)
-    index = first + np.stack([word, word + 1], 1).ravel()
-    wanted = np.stack([wants_a, wants_b], 1).ravel()
-    payload = np.zeros(len(index), np.uint32)
-    payload[wanted] = run.words.receive(
-      index[wanted], stamp, run.memory.check_failed, run.where
-    )
     shape, dtype = target[2], target[3]
-    values = payload.view(dtype).reshape(one.num_rows, -1)
-    if len(shape) == 1:
-      run.write(target, (0,), values.ravel())
-      continue
-    row = offset_bytes // (shape[1] * dtype.itemsize)
-    run.write(target, (row, 0), values)
+    for sequence in range(one.num_sequences):
+      t = np.arange(one.num_pairs)
+      wants_a, wants_b, word, _ = one.place(sequence, t, column, valid)
+      index = first + np.stack([word, word + 1], 1).ravel()
+      wanted = np.stack([wants_a, wants_b], 1).ravel()
+      payload = np.zeros(len(index), f"u{one.payload_bytes}")
+      payload[wanted] = run.words.receive(
+        index[wanted], stamp, run.memory.check_failed, run.where
+      )
+      values = payload.view(dtype).reshape(one.num_rows, -1)
+      if one.gained:
+        at = square + sequence * WARPS
+        values = _gained(run, values, norms, norm, squares, at)
+      if len(shape) == 1:
+        run.write(target, (0,), values.ravel())
+        continue
+      begin_bytes = offset_bytes + sequence * one.sequence_bytes
+      row = begin_bytes // (shape[1] * dtype.itemsize)
+      run.write(target, (row, 0), values)
 
 
-def _run_take(
-  what: words.Take, run: _Threads, refs: Sequence[Any], scalars: Sequence[int]
+def _gained(
+  run: _Threads,
+  values: np.ndarray,
+  norms: Any,
+  norm: int,
+  squares: Any,
+  square: int,
+) -> np.ndarray:
+  """Multiplies by a norm's weights; stores the sum of squares."""
+  gain = run.read(norms, (norm, 0, 0), (1, *values.shape))[0]
+  wide = values.astype(np.float32)
+  sums = np.zeros(WARPS, np.float32)
+  sums[0] = np.sum(wide * wide)
+  run.write(squares, (square,), sums)
+  return (wide * gain).astype(values.dtype)
+
+
+def _run_embed(
+  what: words.Embed,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
 ) -> None:
-  target, x = refs
-  offset_bytes, start = scalars
+  embedding, norms, squares, residual, x = refs
+  norm, square, first, offset_bytes, start = scalars
+  _, per_cta, rows, half = embedding[2]
+  chunk, element = divmod(first, rows * half)
+  owner, local = divmod(chunk, per_cta)
+  read = run.read(
+    embedding, (owner, local, 0, 0), (1, what.unit_chunks, rows, half)
+  )
+  t = np.arange(what.num_pieces)
+  begins, _ = what.piece(t)
+  flat = read.ravel()
+  each = np.arange(SEGMENTS * what.segment // len(t))
+  values = flat[element + begins[:, None] + each].reshape(SEGMENTS, -1)
   row = offset_bytes // (x[2][1] * x[3].itemsize)
-  values = run.read(x, (row, 0), (8, what.segment)).ravel()
-  columns = values[start : start + what.num_columns].astype(np.float32)
-  if columns.size:
-    run.write(target, (0,), columns)
+  run.write(x, (row, 0), _gained(run, values, norms, norm, squares, square))
+  t = np.arange(what.num_columns)
+  there, elements = what.residual(t, start)
+  if there.any():
+    columns = flat[element + elements[there]].astype(np.float32)
+    run.write(residual, (0,), columns)
 
 
 def _run_patch(
@@ -355,7 +397,7 @@ def _run_patch(
 _PROGRAMS: dict[Any, Callable[..., None]] = {
   words.Send: _run_send,
   tuple: _run_receive,
-  words.Take: _run_take,
+  words.Embed: _run_embed,
   words.Patch: _run_patch,
 }
 

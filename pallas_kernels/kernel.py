@@ -66,8 +66,7 @@ class Cta(MatmulPhases, AttentionPhase):
 
     def fill_normed(name: str, norm: Index, stamp: Index) -> None:
       # Every matrix that comes after a norm has D columns, in one block.
-      self.receive_x(name, s.qkv, g.hidden_rows, 0, stamp)
-      self.norm_x(norm)
+      self.receive_x(name, s.qkv, g.hidden_rows, 0, stamp, norm)
       plgpu.commit_smem()
 
     def layer_step(layer: Index, i: Index) -> Index:
@@ -76,16 +75,10 @@ class Cta(MatmulPhases, AttentionPhase):
       def fill_qkv(block: Index) -> None:
         del block
 
+        # The first layer's is there.
         @pl.when(layer > 0)
         def _() -> None:
-          self.receive_x("output", s.qkv, g.hidden_rows, 0, layer)
-
-        self.norm_x(2 * layer)
-        plgpu.commit_smem()
-
-      @pl.when(layer == 0)
-      def _() -> None:
-        self.embed()
+          fill_normed("output", 2 * layer, layer)
 
       i = self.matmul(
         i, s.qkv, fill_qkv, functools.partial(self.finish_qkv, stamp)
@@ -120,6 +113,8 @@ class Cta(MatmulPhases, AttentionPhase):
         functools.partial(self.finish_residual, "output", stamp),
       )
 
+    self.embed(0)
+    plgpu.commit_smem()
     i = lax.fori_loop(0, self.num_layers, layer_step, I32(0))
     self.begin_choice()
     self.matmul(

@@ -180,10 +180,15 @@ class MatmulPhases(Stream, Activations):
     return jnp.sum(plgpu.load(sums, layout=_ROWS_OF_8, optimized=False), axis=1)
 
   def result_pairs(self, b: Index) -> list[jax.Array]:
-    """Returns the 32 results of a group's even rows, and of its odd ones."""
+    """Returns the 32 results of a group's even rows, and of its odd ones.
+
+    They are of what is normed.
+    """
+    scale = self.inverse_rms(b)
     sums = self.sums.at[b].reshape(_PAIRS, 2 * SEGMENTS)
     return [
-      jnp.sum(
+      scale
+      * jnp.sum(
         plgpu.load(
           sums.at[:, pl.ds(n * SEGMENTS, SEGMENTS)],
           layout=_PAIRS_OF_8,
@@ -211,8 +216,8 @@ class MatmulPhases(Stream, Activations):
       self.words,
       first,
       self.results,
-      row // 2,
-      num_rows // 2,
+      row // 4,
+      num_rows // 4,
       stamp,
       target_stride=row_words,
       **kwargs,
@@ -245,7 +250,7 @@ class MatmulPhases(Stream, Activations):
         mosaic.store(target, value.astype(BF16))
 
     fori(0, self.plan.batch, sequence)
-    self.send_results("qkv", row, num_rows, stamp, half_head=g.head_dim // 4)
+    self.send_results("qkv", row, num_rows, stamp, half_head=g.head_dim // 8)
 
   def finish_residual(
     self, name: str, stamp: Index, row: Index, num_rows: Index
@@ -273,7 +278,7 @@ class MatmulPhases(Stream, Activations):
 
     fori(0, self.plan.batch, sequence)
     self.send_results(
-      "hidden", row // 2, num_rows // 2, stamp, row_payloads=_PAIRS // 2
+      "hidden", row // 2, num_rows // 2, stamp, row_payloads=_PAIRS // 4
     )
 
   def begin_choice(self) -> None:
@@ -292,7 +297,7 @@ class MatmulPhases(Stream, Activations):
     real = (index < self.geometry.vocab_size) & (lane < num_rows)
 
     def sequence(b: Index) -> None:
-      y = self.result(b)
+      y = self.result(b) * self.inverse_rms(b)
       mosaic.store(self.results_f32.at[b], y)
       y = jnp.where(real, y, F32(-jnp.inf))
       best, best_index = (

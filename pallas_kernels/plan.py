@@ -43,6 +43,9 @@ PHASE_OF = dict(qkv=QKV, o=O_PROJ, gate_up=GATE_UP, down=DOWN, lm_head=LM_HEAD)
 GROUP_UNITS = 8
 GROUP_ROWS = GROUP_UNITS * UNIT_ROWS
 
+# Warps of a warpgroup.
+WARPS = 4
+
 # Shared memory that a CTA may use on Hopper, less the ring's barriers.
 SMEM_BYTES = 232448 - 256
 # Each array there begins on a multiple of this.
@@ -114,16 +117,16 @@ class Plan:
     """First word and words per row of what CTAs send each other.
 
     Rows are sequences; of `parts`, items of attention; of `candidates`, logits
-    and then indices of each sequence. A word holds two bfloat16 or one float32,
-    see `words`.
+    and then indices of each sequence. A word holds four bfloat16 or one float32,
+    see `words`; words come in pairs.
     """
     g = self.geometry
     words = dict(
-      qkv=(self.batch, g.num_qkv_heads * g.head_dim // 2),
-      attended=(self.batch, g.attention_size // 2),
-      middle=(self.batch, g.hidden_rows // 2),
-      hidden=(self.batch, g.gate_up_rows // 4),
-      output=(self.batch, g.hidden_rows // 2),
+      qkv=(self.batch, g.num_qkv_heads * g.head_dim // 4),
+      attended=(self.batch, g.attention_size // 4),
+      middle=(self.batch, g.hidden_rows // 4),
+      hidden=(self.batch, round_up(g.gate_up_rows // 8, 2)),
+      output=(self.batch, g.hidden_rows // 4),
       parts=(
         self.num_items if self.splits > 1 else 0,
         g.group * (g.head_dim + TILE),
@@ -245,6 +248,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),
     residual=((b, own_rows), f32),
+    squares=((b * WARPS,), f32),
     cos_sin=((2, b, angles), f32),
     state=((8, g.head_dim + TILE), f32),
     attended=((8, g.head_dim), bf16),

@@ -1,13 +1,15 @@
 """How CTAs hand results to each other: words that carry their own stamp.
 
-A word is 8 bytes of device memory: 4 of payload, two bfloat16 or one float32,
-and the stamp, the number of the layer that it belongs to, from 1. It is written
-and read whole, by a relaxed access of the scope of the GPU; who waits for a
-result reads its words until they bear the stamp. No access is ordered with any
-other, and none needs to be: each word proves that it has come (PTX ISA, "Memory
-Consistency Model": a scalar access of 64 bits is single-copy atomic, and
-relaxed ones by two threads are morally strong). So there is neither a fence,
-which would wait for the bulk loads that are under way, nor a counter.
+A word is 8 bytes of device memory. It holds a float32 and its stamp, or four
+bfloat16 of which the first has the stamp's lowest bit in place of its second
+exponent bit, see `_STAMP_BIT`. It is written and read whole, by a relaxed access
+of the scope of the GPU; who waits for a result reads its words until they bear
+the stamp. No access is ordered with any other, and none needs to be: each word
+proves that it has come (PTX ISA, "Memory Consistency Model": a scalar access of
+64 bits is single-copy atomic, and relaxed ones by two threads are morally
+strong). So there is neither a fence, which would wait for the bulk loads that
+are under way, nor a counter. One bit is enough of a stamp where every word is
+written once in each layer: it is the last layer's or this one's.
 
 Words are zero at launch, and are written again in the next layer. By then all who
 read them have: every word of a layer depends on all of the last one's `output`,
@@ -30,18 +32,31 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.geometry import TILE
-from pallas_kernels.layouts import I32, SWIZZLED, Index, Ref
+from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, SEGMENTS, TILE
+from pallas_kernels.layouts import BF16, I32, SWIZZLED, Index, Ref
+from pallas_kernels.plan import WARPS
 
-_THREADS = 128
+_WARP = 32
+_THREADS = WARPS * _WARP
 _WORD_BYTES = 8
-_PAYLOAD_BYTES = 4
+# Payload of a word, of float32 and of bfloat16.
+_F32_BYTES = 4
+_BF16_BYTES = 8
+# Values in a pair of words of bfloat16.
+_PAIR_COLUMNS = 8
 # A pair of words is loaded at once; so many pairs are before any is looked at.
 _MOST_IN_FLIGHT = 16
 # A tile of 8 rows of 128 bytes, in which 16 bytes c of row r are at c xor r.
 _TILE_ROW_BYTES = 128
 _TILE_BYTES = 8 * _TILE_ROW_BYTES
 _SWIZZLED_BYTES = 16
+
+# Where the first of four bfloat16 has the stamp. The highest exponent bit, one
+# to the left, tells what this one was: the other, for all from 2^-63 to 2^65.
+# Less becomes 0; more, infinity and NaN become NaN.
+_STAMP_BIT = 13
+_STAMP = 1 << _STAMP_BIT
+_SMALLEST, _LARGEST = 0x2000, 0x5FFF
 
 
 def _swizzled_byte(row: Any, byte: Any) -> Any:
@@ -67,6 +82,7 @@ class Send:
     target_stride: words from row to row in device memory.
     half_head: words of half a head if the two halves of a row go to the two
       halves of heads, or None if rows go where they are.
+    payload_bytes: of a word.
     stamped: or what is sent are bare payloads, for others than this kernel.
   """
 
@@ -75,6 +91,7 @@ class Send:
   source_stride: int
   target_stride: int
   half_head: int | None
+  payload_bytes: int
   stamped: bool
 
   @property
@@ -116,30 +133,43 @@ class Receive:
   """Waits for rows of words and stores their payloads to shared memory.
 
   Attributes:
-    num_rows: rows.
+    num_sequences: how often there are such rows.
+    num_rows: rows of each.
     row_words: words of a row that are wanted, an even number.
     source_stride: words from row to row in device memory.
+    sequence_words: words from sequence to sequence there.
     masked: whether some of these words are never sent; the payload is 0 then.
     target_stride: payloads from row to row in shared memory, or None if it is
-      an operand of `wgmma`.
+      an operand of `wgmma`, with 8 rows for each sequence.
+    sequence_bytes: from sequence to sequence in shared memory.
+    payload_bytes: of a word.
+    gained: whether to multiply by a norm's weights and to sum up squares.
   """
 
+  num_sequences: int
   num_rows: int
   row_words: int
   source_stride: int
+  sequence_words: int
   masked: bool
   target_stride: int | None
+  sequence_bytes: int
+  payload_bytes: int
+  gained: bool
 
   @property
   def num_pairs(self) -> int:
-    """Pairs of words."""
+    """Pairs of words of a sequence."""
     return self.num_rows * self.row_words // 2
 
-  def place(self, t: Any, column: Any, valid: Any) -> tuple[Any, Any, Any, Any]:
+  def place(
+    self, sequence: int, t: Any, column: Any, valid: Any
+  ) -> tuple[Any, Any, Any, Any]:
     """Says what one thread does in one turn.
 
     Args:
-      t: which pair of words, an integer or an array of them.
+      sequence: which one.
+      t: which of its pairs of words, an integer or an array of them.
       column: word of a row from which on they are wanted.
       valid: how many words are ever sent, from the first row's first one on.
 
@@ -157,13 +187,26 @@ class Receive:
       first = first & inside & (word < valid)
       second = second & inside & (word + 1 < valid)
     if self.target_stride is not None:
-      return (
-        first,
-        second,
-        word,
-        (row * self.target_stride + i) * _PAYLOAD_BYTES,
-      )
-    return first, second, word, _tiled_byte(row, i * _PAYLOAD_BYTES)
+      byte = (row * self.target_stride + i) * self.payload_bytes
+    else:
+      byte = _tiled_byte(row, i * self.payload_bytes)
+    return (
+      first,
+      second,
+      word + sequence * self.sequence_words,
+      byte + sequence * self.sequence_bytes,
+    )
+
+
+def _payload_bytes(ref: Ref) -> int:
+  return _BF16_BYTES if ref.dtype == BF16 else _F32_BYTES
+
+
+def sequences_at_once(batch: int, columns: int) -> int:
+  """Returns for how many sequences all loads of bfloat16 can be under way."""
+  turns = -(-columns // (_PAIR_COLUMNS * _THREADS))
+  most = max(1, _MOST_IN_FLIGHT // turns)
+  return max(n for n in range(1, most + 1) if batch % n == 0)
 
 
 def _scalars(*values: Index) -> list[jax.Array]:
@@ -198,13 +241,15 @@ def send(
     half_head: see `Send`.
   """
   rows, cols = source.shape
-  stride = cols * source.dtype.itemsize // _PAYLOAD_BYTES
+  payload_bytes = _payload_bytes(source)
+  stride = cols * source.dtype.itemsize // payload_bytes
   what = Send(
     num_rows or rows,
     row_payloads or stride,
     stride,
     target_stride,
     half_head,
+    payload_bytes,
     True,
   )
   _run(what, [words, source], [], _scalars(first, start, count, stamp))
@@ -220,8 +265,11 @@ def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
     count: how many columns.
   """
   rows, cols = source.shape
-  what = Send(rows, cols, cols, target.shape[1], None, False)
+  what = Send(rows, cols, cols, target.shape[1], None, _F32_BYTES, False)
   _run(what, [target, source], [], _scalars(0, start, count, 0))
+
+
+Gain = tuple[Ref, Index, Ref, Index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +284,15 @@ class Wanted:
     source_stride: likewise; 0 if rows follow each other.
     column: word of each row from which on they are wanted.
     offset_bytes: where in `target` to begin.
-    valid: how many words are ever sent, from the first row's first one on; the
-      payload of others is 0. None if all are.
+    valid: how many words of a sequence are ever sent, from the first row's
+      first one on; the payload of others is 0. None if all are.
     tiled: whether `target` is an operand of `wgmma`.
+    num_sequences: see `Receive`.
+    sequence_words: likewise.
+    sequence_bytes: likewise.
+    gain: or None: `[norms, 8, columns]` float32 in device memory and which of
+      them; the warps' sums of squares of each sequence, float32 in shared
+      memory, and where the first sequence's begin.
   """
 
   target: Ref
@@ -250,16 +304,25 @@ class Wanted:
   offset_bytes: Index = 0
   valid: Index | None = None
   tiled: bool = False
+  num_sequences: int = 1
+  sequence_words: int = 0
+  sequence_bytes: int = 0
+  gain: Gain | None = None
 
   @property
   def what(self) -> Receive:
     """The program that brings them."""
     return Receive(
+      self.num_sequences,
       self.num_rows,
       self.row_words,
       self.source_stride or self.row_words,
+      self.sequence_words,
       self.valid is not None,
       None if self.tiled else self.row_words,
+      self.sequence_bytes,
+      _payload_bytes(self.target),
+      self.gain is not None,
     )
 
 
@@ -269,10 +332,12 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
   Args:
     words: all words.
     stamp: what those that are wanted must bear.
-    *wanted: which ones.
+    *wanted: which ones; only one alone may have a gain.
   """
   # Plain refs come before tiled ones.
   wanted = tuple(sorted(wanted, key=lambda w: w.tiled))
+  norms, norm, squares, square = wanted[0].gain or (None, 0, None, 0)
+  gain = [] if norms is None else [norms, squares]
   plain = [w.target for w in wanted if not w.tiled]
   tiled = [w.target for w in wanted if w.tiled]
   scalars = [
@@ -286,42 +351,82 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
     )
   ]
   what = tuple(w.what for w in wanted)
-  _run(what, [words, *plain], tiled, _scalars(stamp, *scalars))
+  _run(what, [words, *gain, *plain], tiled, _scalars(norm, square, stamp, *scalars))
 
 
 @dataclasses.dataclass(frozen=True)
-class Take:
-  """Widens columns of activations, as x holds them, to a row of float32.
+class Embed:
+  """Takes a row of the packed embedding to x, and some of it to the residual.
 
   Attributes:
-    num_columns: how many.
-    segment: columns of a segment.
+    unit_chunks: chunks that a row lies in.
+    num_columns: how many go to the residual.
   """
 
+  unit_chunks: int
   num_columns: int
-  segment: int
 
-  def place(self, t: Any, start: Any) -> tuple[Any, Any]:
-    """Returns whether there is such a column, and where it is, in bytes."""
+  @property
+  def segment(self) -> int:
+    """Columns of a segment."""
+    return self.unit_chunks * CHUNK_COLS
+
+  @property
+  def num_pieces(self) -> int:
+    """Pieces of 16 bytes, 8 columns, in a row."""
+    return SEGMENTS * self.segment // _PAIR_COLUMNS
+
+  def _element(self, segment: Any, column: Any) -> Any:
+    """Returns where in the unit's first row a column of a segment is."""
+    half = CHUNK_COLS // 2
+    chunk, within = column // CHUNK_COLS, column % CHUNK_COLS
+    row = chunk * CHUNK_ROWS + within // half * TILE + segment
+    return row * half + within % half
+
+  def piece(self, t: Any) -> tuple[Any, Any]:
+    """Returns the element where piece t begins, and its byte in x."""
+    row_pieces = self.segment // _PAIR_COLUMNS
+    row, i = t // row_pieces, t % row_pieces
+    return (
+      self._element(row, i * _PAIR_COLUMNS),
+      _tiled_byte(row, i * _SWIZZLED_BYTES),
+    )
+
+  def residual(self, t: Any, start: Any) -> tuple[Any, Any]:
+    """Returns whether there is a column `start` + t, and its element."""
     column = start + t
-    row, byte = column // self.segment, column % self.segment * 2
-    return (t < self.num_columns) & (row < 8), _tiled_byte(row, byte)
+    row, within = column // self.segment, column % self.segment
+    there = (t < self.num_columns) & (row < SEGMENTS)
+    return there, self._element(row, within)
 
 
-def take(
-  x: Ref, offset_bytes: Index, start: Index, target: Ref, *, segment: int
+def embed(
+  embedding: Ref,
+  first: Index,
+  x: Ref,
+  offset_bytes: Index,
+  gain: Gain,
+  residual: Ref,
+  start: Index,
+  *,
+  unit_chunks: int,
 ) -> None:
-  """Copies columns of x from `start` on to `target`, as float32.
+  """Looks up a token: x gets its row, and the residual stream a part of it.
 
   Args:
+    embedding: `[P, n, 128, 64]` bfloat16, packed.
+    first: element where the first segment of the token's row begins.
     x: the operand of `wgmma`.
     offset_bytes: where in it the sequence begins.
-    start: the first column.
-    target: `[columns]` float32 in shared memory.
-    segment: columns of a segment of x.
+    gain: see `Wanted`.
+    residual: `[columns]` float32 in shared memory.
+    start: the first column that goes there.
+    unit_chunks: see `Embed`.
   """
-  what = Take(target.shape[0], segment)
-  _run(what, [target], [x], _scalars(offset_bytes, start))
+  norms, norm, squares, square = gain
+  what = Embed(unit_chunks, residual.shape[0])
+  scalars = _scalars(norm, square, first, offset_bytes, start)
+  _run(what, [embedding, norms, squares, residual], [x], scalars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +492,7 @@ def patch(
 
 
 def _run(
-  what: Send | tuple[Receive, ...] | Take | Patch,
+  what: Send | tuple[Receive, ...] | Embed | Patch,
   refs: Sequence[Ref],
   tiled: Sequence[Ref],
   scalars: Sequence[jax.Array],
@@ -396,7 +501,7 @@ def _run(
   emitters: dict[type, Callable[..., None]] = {
     Send: _emit_send,
     tuple: _emit_receive,
-    Take: _emit_take,
+    Embed: _emit_embed,
     Patch: _emit_patch,
   }
   emit = emitters[type(what)]
@@ -438,50 +543,146 @@ def _emit_send(
   count: Any,
   stamp: Any,
 ) -> None:
-  size = _WORD_BYTES if what.stamped else _PAYLOAD_BYTES
-  store = (
-    "mov.b64 w, {x, $3}; @p st.relaxed.gpu.global.b64 [$0], w;"
-    if what.stamped
-    else "@p st.global.b32 [$0], x;"
-  )
+  size = _WORD_BYTES if what.stamped else what.payload_bytes
+  if not what.stamped:
+    code = "@p ld.shared.b32 x, [$1]; @p st.global.b32 [$0], x;"
+  elif what.payload_bytes == _F32_BYTES:
+    code = (
+      "@p ld.shared.b32 x, [$1]; mov.b64 w, {x, $3};"
+      " @p st.relaxed.gpu.global.b64 [$0], w;"
+    )
+  else:
+    stamp = _bit_of(stamp)
+    code = (
+      "@p ld.shared.v2.b32 {x, y}, [$1];"
+      f" {_make_room('x')} or.b32 x, x, $3; mov.b64 w, {{x, y}};"
+      " @p st.relaxed.gpu.global.b64 [$0], w;"
+    )
   for t in _turns(what.num_payloads):
     sent, payload, word = what.place(t, start, count)
     mosaic.asm(
-      "{ .reg .pred p; .reg .b32 x; .reg .b64 w; setp.ne.b32 p, $2, 0;"
-      f" @p ld.shared.b32 x, [$1]; {store} }}",
+      "{ .reg .pred p, e; .reg .b32 x, y, m; .reg .b64 w;"
+      f" mov.b32 x, 0; mov.b32 y, 0; setp.ne.b32 p, $2, 0; {code} }}",
       words.plus(first + word, size),
-      source.plus(payload, _PAYLOAD_BYTES),
+      source.plus(payload, what.payload_bytes),
       sent,
       stamp,
     )
 
 
+def _bit_of(stamp: Any) -> Any:
+  return stamp % 2 * _STAMP
+
+
+def _make_room(x: str) -> str:
+  """Returns PTX that clears the stamp's bit of x, and what it would not bear."""
+  outside = 3 << _STAMP_BIT
+  return (
+    f"and.b32 m, {x}, {outside}; setp.eq.u32 e, m, 0;"
+    f" @e and.b32 {x}, {x}, 0xFFFF8000;"
+    f" setp.eq.u32 e, m, {outside};"
+    f" @e or.b32 {x}, {x}, 0x7FFF;"
+    f" and.b32 {x}, {x}, {~_STAMP & 0xFFFFFFFF};"
+  )
+
+
+def _take_out(x: str) -> str:
+  """Returns PTX that puts back what the stamp has taken the place of."""
+  return (
+    f"shr.u32 m, {x}, 1; not.b32 m, m; and.b32 m, m, {_STAMP};"
+    f" and.b32 {x}, {x}, {~_STAMP & 0xFFFFFFFF}; or.b32 {x}, {x}, m;"
+    f" and.b32 m, {x}, 0x7FFF; setp.eq.u32 e, m, {_SMALLEST};"
+    f" @e and.b32 {x}, {x}, 0xFFFF8000;"
+    f" setp.eq.u32 e, m, {_LARGEST}; @e or.b32 {x}, {x}, 0x7FFF;"
+  )
+
+
+def _load_gain(n: int, operand: int) -> str:
+  return (
+    f".reg .f32 {', '.join(f'g{n}_{j}' for j in range(8))};"
+    f" ld.global.nc.v4.f32 {{g{n}_0, g{n}_1, g{n}_2, g{n}_3}}, [${operand}];"
+    f" ld.global.nc.v4.f32 {{g{n}_4, g{n}_5, g{n}_6, g{n}_7}},"
+    f" [${operand} + 16];"
+  )
+
+
+def _apply_gain(n: int, gain: int, sequence: int) -> str:
+  """Returns PTX that sums up squares of `w{n}_*`, and multiplies it."""
+  return " ".join(
+    f"shl.b32 m, w{n}_{j}, 16; mov.b32 lo, m;"
+    f" and.b32 m, w{n}_{j}, 0xFFFF0000; mov.b32 hi, m;"
+    f" fma.rn.f32 ss{sequence}, lo, lo, ss{sequence};"
+    f" fma.rn.f32 ss{sequence}, hi, hi, ss{sequence};"
+    f" mul.f32 lo, lo, g{gain}_{2 * j}; mul.f32 hi, hi, g{gain}_{2 * j + 1};"
+    f" cvt.rn.bf16x2.f32 w{n}_{j}, hi, lo;"
+    for j in range(4)
+  )
+
+
+def _store_squares(sequence: int, operand: int) -> str:
+  """Returns PTX that sums `ss` over the warp; its first thread stores it."""
+  steps = " ".join(
+    f"mov.b32 m, ss{sequence};"
+    f" shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
+    f" mov.b32 lo, m; add.f32 ss{sequence}, ss{sequence}, lo;"
+    for distance in (16, 8, 4, 2, 1)
+  )
+  return (
+    f"{steps} mov.u32 m, %laneid; setp.eq.u32 e, m, 0;"
+    f" @e st.shared.f32 [${operand}], ss{sequence};"
+  )
+
+
+def _squares(squares: Any, square: Any, sequence: int) -> Any:
+  """Returns where a warp's sum of squares goes."""
+  warp = mosaic.thread_index() // _WARP
+  return squares.plus(square + warp + sequence * WARPS, _F32_BYTES)
+
+
+_SCRATCH = ".reg .pred e; .reg .b32 m; .reg .f32 lo, hi;"
+
+
 def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
-  targets, stamp = args[: len(what)], args[len(what)]
-  places = []
+  norms = squares = None
+  if what[0].gained:
+    norms, squares, *args = args  # type: ignore[assignment]
+  targets, (norm, square, stamp) = args[: len(what)], args[len(what) :][:3]
+  turns = []
   for n, (one, target) in enumerate(zip(what, targets, strict=True)):
-    at = len(what) + 1 + 4 * n
+    at = len(what) + 3 + 4 * n
     first, column, offset_bytes, valid = args[at : at + 4]
     # Without this, every thread has something to do in every turn.
     masked = one.masked or one.num_pairs % _THREADS != 0
-    for t in _turns(one.num_pairs):
-      wants_a, wants_b, word, byte = one.place(t, column, valid)
-      addresses = (
-        words.plus(first + word, _WORD_BYTES),
-        target.plus(byte + offset_bytes, 1),
-      )
-      flags = (wants_a, wants_b, t < one.num_pairs) if masked else ()
-      places.append((addresses, flags))
-  for begin in range(0, len(places), _MOST_IN_FLIGHT):
-    operands = [stamp]
-    declare, load, check, store = [], [], [], []
-    for n, (addresses, flags) in enumerate(
-      places[begin : begin + _MOST_IN_FLIGHT]
-    ):
+    for sequence in range(one.num_sequences):
+      for j, t in enumerate(_turns(one.num_pairs)):
+        wants_a, wants_b, word, byte = one.place(sequence, t, column, valid)
+        addresses = (
+          words.plus(first + word, _WORD_BYTES),
+          target.plus(byte + offset_bytes, 1),
+        )
+        flags = (wants_a, wants_b, t < one.num_pairs) if masked else ()
+        turns.append((one, sequence, j, t, addresses, flags))
+  for begin in range(0, len(turns), _MOST_IN_FLIGHT):
+    some = turns[begin : begin + _MOST_IN_FLIGHT]
+    operands = [stamp, _bit_of(stamp)]
+    declare, load, check, store = [_SCRATCH], [], [], []
+    sequences = sorted({sequence for _, sequence, *_ in some})
+    if norms is not None:
+      one = what[0]
+      for j, t in sorted({turn[2]: turn[3] for turn in some}.items()):
+        element = norm * (one.num_rows * one.row_words * 4) + t * _PAIR_COLUMNS
+        declare.append(_load_gain(j, len(operands)))
+        operands.append(norms.plus(element, _F32_BYTES))
+      for sequence in sequences:
+        declare.append(f".reg .f32 ss{sequence}; mov.f32 ss{sequence}, 0f00000000;")
+    for n, (one, sequence, j, t, addresses, flags) in enumerate(some):
       k = len(operands)
       operands += addresses
       inside = ""
-      declare.append(f".reg .b64 a{n}, b{n}; .reg .b32 x{n}, y{n}, s{n}, t{n};")
+      declare.append(
+        f".reg .b64 a{n}, b{n};"
+        f" .reg .b32 w{n}_0, w{n}_1, w{n}_2, w{n}_3, s{n}, t{n};"
+      )
       if flags:
         operands += flags
         declare.append(f".reg .pred p{n}, q{n}, in{n};")
@@ -497,17 +698,35 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
       else:
         load.append(f"ld.relaxed.gpu.global.v2.b64 {{a{n}, b{n}}}, [${k}];")
       check.append(
-        f"mov.b64 {{x{n}, s{n}}}, a{n}; mov.b64 {{y{n}, t{n}}}, b{n};"
-        f" xor.b32 s{n}, s{n}, $0; xor.b32 t{n}, t{n}, $0;"
+        f"mov.b64 {{w{n}_0, w{n}_1}}, a{n}; mov.b64 {{w{n}_2, w{n}_3}}, b{n};"
       )
+      if one.payload_bytes == _F32_BYTES:
+        check.append(
+          f"xor.b32 s{n}, w{n}_1, $0; xor.b32 t{n}, w{n}_3, $0;"
+        )
+        stored = f"st.shared.v2.b32 [${k + 1}], {{w{n}_0, w{n}_2}};"
+      else:
+        check.append(
+          f"xor.b32 s{n}, w{n}_0, $1; and.b32 s{n}, s{n}, {_STAMP};"
+          f" xor.b32 t{n}, w{n}_2, $1; and.b32 t{n}, t{n}, {_STAMP};"
+        )
+        store += [_take_out(f"w{n}_0"), _take_out(f"w{n}_2")]
+        if one.gained:
+          store.append(_apply_gain(n, j, sequence))
+        stored = (
+          f"st.shared.v4.b32 [${k + 1}], {{w{n}_0, w{n}_1, w{n}_2, w{n}_3}};"
+        )
       if flags:
+        # What is never sent reads as zero.
         check.append(f"@!p{n} mov.b32 s{n}, 0; @!q{n} mov.b32 t{n}, 0;")
-        # A row's second word may never come, and its payload is 0.
-        check.append(f"@!p{n} mov.b32 x{n}, 0; @!q{n} mov.b32 y{n}, 0;")
       check.append(
         f"or.b32 missing, missing, s{n}; or.b32 missing, missing, t{n};"
       )
-      store.append(f"{inside}st.shared.v2.b32 [${k + 1}], {{x{n}, y{n}}};")
+      store.append(f"{inside}{stored}")
+    if squares is not None:
+      for sequence in sequences:
+        store.append(_store_squares(sequence, len(operands)))
+        operands.append(_squares(squares, square, sequence))
     mosaic.asm(
       " ".join(
         [
@@ -525,17 +744,51 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     )
 
 
-def _emit_take(
-  what: Take, target: Any, x: Any, offset_bytes: Any, start: Any
+def _emit_embed(
+  what: Embed,
+  embedding: Any,
+  norms: Any,
+  squares: Any,
+  residual: Any,
+  x: Any,
+  norm: Any,
+  square: Any,
+  first: Any,
+  offset_bytes: Any,
+  start: Any,
 ) -> None:
+  code = [
+    "{",
+    _SCRATCH,
+    ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
+  ]
+  operands = []
+  for n, t in enumerate(_turns(what.num_pieces)):
+    element, byte = what.piece(t)
+    gain = norm * (what.num_pieces * _PAIR_COLUMNS) + t * _PAIR_COLUMNS
+    k = len(operands)
+    operands += [
+      embedding.plus(first + element, 2),
+      x.plus(byte + offset_bytes, 1),
+      norms.plus(gain, _F32_BYTES),
+    ]
+    registers = ", ".join(f"w{n}_{j}" for j in range(4))
+    code += [
+      f".reg .b32 {registers}; ld.global.nc.v4.b32 {{{registers}}}, [${k}];",
+      _load_gain(n, k + 2),
+      _apply_gain(n, n, 0),
+      f"st.shared.v4.b32 [${k + 1}], {{{registers}}};",
+    ]
+  code += [_store_squares(0, len(operands)), "}"]
+  mosaic.asm(" ".join(code), *operands, _squares(squares, square, 0))
   for t in _turns(what.num_columns):
-    there, at = what.place(t, start)
+    there, element = what.residual(t, start)
     mosaic.asm(
       "{ .reg .pred p; .reg .b16 h, z; .reg .b32 w; setp.ne.b32 p, $2, 0;"
-      " mov.b16 h, 0; mov.b16 z, 0; @p ld.shared.b16 h, [$0];"
+      " mov.b16 h, 0; mov.b16 z, 0; @p ld.global.nc.b16 h, [$0];"
       " mov.b32 w, {z, h}; @p st.shared.b32 [$1], w; }",
-      x.plus(at + offset_bytes, 1),
-      target.plus(t, _PAYLOAD_BYTES),
+      embedding.plus(first + element, 2),
+      residual.plus(t, _F32_BYTES),
       there,
     )
 
