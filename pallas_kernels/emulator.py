@@ -175,11 +175,11 @@ def _multiply(chunks: jax.Array, x: jax.Array) -> jax.Array:
 @jax.jit
 def _norm(
   x: jax.Array, gain: jax.Array, inverse_size: jax.Array, eps: jax.Array
-) -> jax.Array:
-  """Returns the RMS norm `[8, D']` bfloat16 of bfloat16 `x`."""
+) -> tuple[jax.Array, jax.Array]:
+  """Returns bfloat16 `x` `[8, D']` times gain, and the inverse RMS `[8, 1]`."""
   x = x.astype(jnp.float32)
   mean = jnp.sum(x * x, axis=1, keepdims=True) * inverse_size
-  return (x * lax.rsqrt(mean + eps) * gain[None, :]).astype(jnp.bfloat16)
+  return (x * gain[None, :]).astype(jnp.bfloat16), lax.rsqrt(mean + eps)
 
 
 @jax.jit
@@ -314,9 +314,9 @@ class _Step:
     ops, schedule = self._ops, self._plan.schedule
     before, between = self._residual
     if phase == QKV:
-      x = self._normed(before, 2 * layer)
+      x, scale = self._normed(before, 2 * layer)
       packed = ops["w_qkv"][layer]
-      self._matmul(schedule.qkv, packed, x, self._finish_qkv)
+      self._matmul(schedule.qkv, packed, x, self._finish_qkv, scale)
     elif phase == ATTENTION:
       self._attention(layer)
     elif phase == O_PROJ:
@@ -324,17 +324,17 @@ class _Step:
       finish = functools.partial(self._finish_residual, before, between)
       self._matmul(schedule.o, ops["w_o"][layer], x, finish)
     elif phase == GATE_UP:
-      x = self._normed(between, 2 * layer + 1)
+      x, scale = self._normed(between, 2 * layer + 1)
       packed = ops["w_gate_up"][layer]
-      self._matmul(schedule.gate_up, packed, x, self._finish_gate_up)
+      self._matmul(schedule.gate_up, packed, x, self._finish_gate_up, scale)
     elif phase == DOWN:
       x = self._hidden.astype(_BF16)
       finish = functools.partial(self._finish_residual, between, before)
       self._matmul(schedule.down, ops["w_down"][layer], x, finish)
     elif phase == LM_HEAD:
-      x = self._normed(before, 2 * self._num_layers)
+      x, scale = self._normed(before, 2 * self._num_layers)
       packed = ops["w_lm_head"]
-      self._matmul(schedule.lm_head, packed, x, self._finish_lm_head)
+      self._matmul(schedule.lm_head, packed, x, self._finish_lm_head, scale)
       self._choose()
 
   def _embed(self) -> None:
@@ -349,16 +349,15 @@ class _Step:
       row = np.moveaxis(row, 2, 0).reshape(-1)
       self._residual[0, b] = row[: self._residual.shape[2]]
 
-  def _normed(self, x: np.ndarray, norm: int) -> np.ndarray:
+  def _normed(self, x: np.ndarray, norm: int) -> list[np.ndarray]:
     gain = self._ops["norms"][norm].reshape(-1)[: x.shape[1]]
-    return np.asarray(
-      _norm(
-        x.astype(_BF16),
-        gain,
-        np.float32(1 / self._geometry.hidden_size),
-        np.float32(self._geometry.rms_norm_eps),
-      )
+    found = _norm(
+      x.astype(_BF16),
+      gain,
+      np.float32(1 / self._geometry.hidden_size),
+      np.float32(self._geometry.rms_norm_eps),
     )
+    return [np.asarray(y) for y in found]
 
   def _matmul(
     self,
@@ -366,6 +365,7 @@ class _Step:
     packed: np.ndarray,
     x: np.ndarray,
     finish: Callable[[int, np.ndarray], None],
+    scale: np.ndarray | float = 1.0,
   ) -> None:
     """Runs all CTAs' units of a matrix.
 
@@ -375,6 +375,7 @@ class _Step:
       x: `[8, columns]` bfloat16; columns of padding may be missing.
       finish: takes the first row of a CTA's units and their sums `[8, rows]`
         float32.
+      scale: what the sums are multiplied with, `[8, 1]` float32.
     """
     per_unit = matmul.chunks_per_unit
     index = self._plan.schedule.matmuls.index(matmul)
@@ -395,7 +396,7 @@ class _Step:
       for n in range(2 * per_unit):
         sums = sums + products[:, n]
       sums = np.moveaxis(sums.sum(-1), 0, 1).reshape(MAX_BATCH, -1)
-      finish(first * UNIT_ROWS, sums)
+      finish(first * UNIT_ROWS, sums * np.float32(scale))
 
   def _finish_qkv(self, row: int, sums: np.ndarray) -> None:
     g = self._geometry

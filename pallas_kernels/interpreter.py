@@ -185,18 +185,24 @@ class _Words:
       self.changed.notify_all()
 
   def receive(
-    self, index: np.ndarray, stamp: int, check: Callable[[], None], where: str
+    self,
+    index: np.ndarray,
+    stamp: int,
+    one_bit: bool,
+    check: Callable[[], None],
+    where: str,
   ) -> list[int]:
     """Waits for words and returns their payloads.
 
     Args:
       index: which ones.
       stamp: that they must bear.
+      one_bit: whether all that can be seen of a stamp is its lowest bit.
       check: raises when the wait has become pointless.
       where: location of the wait, for the error.
 
     Raises:
-      RuntimeError: they do not come.
+      RuntimeError: they do not come, or others are taken for them.
     """
     give_up = time.monotonic() + DEADLOCK_S
     wanted = index.tolist()
@@ -211,6 +217,10 @@ class _Words:
           raise RuntimeError(
             f"word {i} has been written again: it is at stamp {found}, awaited"
             f" is {stamp}, {where}"
+          )
+        if one_bit and found % 2 == stamp % 2:
+          raise RuntimeError(
+            f"word {i} is at stamp {found} and is taken for {stamp}, {where}"
           )
         check()
         if time.monotonic() > give_up:
@@ -319,7 +329,11 @@ def _run_receive(
       wanted = np.stack([wants_a, wants_b], 1).ravel()
       payload = np.zeros(len(index), f"u{one.payload_bytes}")
       payload[wanted] = run.words.receive(
-        index[wanted], stamp, run.memory.check_failed, run.where
+        index[wanted],
+        stamp,
+        one.payload_bytes == 8,
+        run.memory.check_failed,
+        run.where,
       )
       values = payload.view(dtype).reshape(one.num_rows, -1)
       if one.gained:

@@ -81,7 +81,11 @@ class Cta(MatmulPhases, AttentionPhase):
           fill_normed("output", 2 * layer, layer)
 
       i = self.matmul(
-        i, s.qkv, fill_qkv, functools.partial(self.finish_qkv, stamp)
+        i,
+        s.qkv,
+        fill_qkv,
+        functools.partial(self.finish_qkv, stamp),
+        follows=True,
       )
       i = self.for_items(lambda item, i: self.attention_item(item, i, layer), i)
 

@@ -8,8 +8,9 @@ the stamp. No access is ordered with any other, and none needs to be: each word
 proves that it has come (PTX ISA, "Memory Consistency Model": a scalar access of
 64 bits is single-copy atomic, and relaxed ones by two threads are morally
 strong). So there is neither a fence, which would wait for the bulk loads that
-are under way, nor a counter. One bit is enough of a stamp where every word is
-written once in each layer: it is the last layer's or this one's.
+are under way, nor a counter. One bit is enough of a stamp, since every word is
+written once in each layer and whoever wants one has seen the layer's before: it
+holds that or the one that is wanted.
 
 Words are zero at launch, and are written again in the next layer. By then all who
 read them have: every word of a layer depends on all of the last one's `output`,
@@ -351,7 +352,9 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
     )
   ]
   what = tuple(w.what for w in wanted)
-  _run(what, [words, *gain, *plain], tiled, _scalars(norm, square, stamp, *scalars))
+  _run(
+    what, [words, *gain, *plain], tiled, _scalars(norm, square, stamp, *scalars)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -674,8 +677,10 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
         declare.append(_load_gain(j, len(operands)))
         operands.append(norms.plus(element, _F32_BYTES))
       for sequence in sequences:
-        declare.append(f".reg .f32 ss{sequence}; mov.f32 ss{sequence}, 0f00000000;")
-    for n, (one, sequence, j, t, addresses, flags) in enumerate(some):
+        declare.append(
+          f".reg .f32 ss{sequence}; mov.f32 ss{sequence}, 0f00000000;"
+        )
+    for n, (one, sequence, j, _, addresses, flags) in enumerate(some):
       k = len(operands)
       operands += addresses
       inside = ""
@@ -701,9 +706,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
         f"mov.b64 {{w{n}_0, w{n}_1}}, a{n}; mov.b64 {{w{n}_2, w{n}_3}}, b{n};"
       )
       if one.payload_bytes == _F32_BYTES:
-        check.append(
-          f"xor.b32 s{n}, w{n}_1, $0; xor.b32 t{n}, w{n}_3, $0;"
-        )
+        check.append(f"xor.b32 s{n}, w{n}_1, $0; xor.b32 t{n}, w{n}_3, $0;")
         stored = f"st.shared.v2.b32 [${k + 1}], {{w{n}_0, w{n}_2}};"
       else:
         check.append(
@@ -762,7 +765,7 @@ def _emit_embed(
     _SCRATCH,
     ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
   ]
-  operands = []
+  operands: list[Any] = []
   for n, t in enumerate(_turns(what.num_pieces)):
     element, byte = what.piece(t)
     gain = norm * (what.num_pieces * _PAIR_COLUMNS) + t * _PAIR_COLUMNS

@@ -62,6 +62,10 @@ class Case:
   active: tuple[bool, ...] = (True,)
 
 
+# The ninth has no units but the LM head's last one.
+NINE_CTAS = Case(dataclasses.replace(TINY, vocab_size=520), 9, 64, (2,))
+
+
 def _bf16(x):
   return x.astype(_BF16).astype(_F32)
 

@@ -23,7 +23,7 @@ from pallas_kernels import interpreter
 if interpreter.missing():
   pytest.skip(interpreter.missing(), allow_module_level=True)
 
-from interpreted_step import TINY, Case, check
+from interpreted_step import NINE_CTAS, TINY, Case, check
 
 from pallas_kernels import kernel, words
 from pallas_kernels.geometry import TILE
@@ -108,8 +108,19 @@ class _Fault:
   perturb: Any = None
 
 
-def _words_of_the_layer_before(self, name, matmul, valid, block, stamp):
-  kernel.Cta.receive_x(self, name, matmul, valid, block, stamp - 1)
+def _words_of_the_layer_before(
+  self, name, matmul, valid, block, stamp, norm=None
+):
+  kernel.Cta.receive_x(self, name, matmul, valid, block, stamp - 1, norm)
+
+
+def _follow_nothing(self, i, matmul, fill, finish, follows=False):
+  return kernel.Cta.matmul(self, i, matmul, fill, finish)
+
+
+def _norm_of_the_phase_before(self, b):
+  # As if a fill had left the sum of squares as it was.
+  return kernel.Cta.inverse_rms(self, b) * jnp.float32(1.5)
 
 
 def _send_as(change):
@@ -237,6 +248,9 @@ _FAULTS = {
   "results of the layer before are taken": _Fault(
     _TWO_LAYERS, "written again", _instead(receive_x=_words_of_the_layer_before)
   ),
+  "a CTA without a part in the layers does not follow": _Fault(
+    NINE_CTAS, "is taken for", _instead(matmul=_follow_nothing)
+  ),
   "results bear the next layer's stamp": _Fault(
     _TWO_CTAS, "written again|deadlock", _send_as(lambda r, n, s: (r, n, s + 1))
   ),
@@ -289,6 +303,9 @@ _FAULTS = {
     _FEW_KEYS, "new rows", _in("finish_qkv", None, geometry=_values_as_keys)
   ),
   "the norm before": _Fault(_FEW_KEYS, "logits", perturb=_other_norms),
+  "the RMS of something else": _Fault(
+    _FEW_KEYS, "logits", _instead(inverse_rms=_norm_of_the_phase_before)
+  ),
   "a segment meets its neighbour's columns": _Fault(
     _FEW_KEYS, "logits", _instead(own_segment=_neighbours_segment)
   ),

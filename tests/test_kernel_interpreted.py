@@ -19,6 +19,7 @@ if interpreter.missing():
   pytest.skip(interpreter.missing(), allow_module_level=True)
 
 from interpreted_step import (
+  NINE_CTAS,
   TINY,
   WIDE,
   Case,
@@ -44,6 +45,7 @@ _CASES = {
   "an idle sequence": Case(TINY, 2, 128, (0, 100), (False, True)),
   "wide heads, three CTAs": Case(WIDE, 3, 64, (40,)),
   "wide heads, two sequences": Case(WIDE, 3, 128, (3, 90), (True, True)),
+  "a CTA without a part in the layers": NINE_CTAS,
   "keys of a head split": Case(TINY, 4, 512, (500,)),
 }
 
