@@ -6,8 +6,8 @@ the live length; repeated launches bit by bit. Where asked for: long greedy
 runs, and KL and NLL on real text. Prints one table and exits with 1 if a check
 fails.
 
-  python bench/check_fused.py --output=bench/results/h100/check_fused.json
-  python bench/check_fused.py --model=smollm2-135m --check=greedy,text \
+  python -m bench.check_fused --output=bench/results/h100/check_fused.json
+  python -m bench.check_fused --model=smollm2-135m --check=greedy,text \
     --checkpoint=checkpoints/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from models import MODELS as _FIVE
 
 import ffjax
+from bench.models import MODELS as _FIVE
 from ffjax import stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
@@ -406,7 +406,13 @@ def _run_in_process(name: str) -> list[Row]:
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / "rows.json"
     command = [
-      *(sys.executable, __file__, "--in_process", f"--model={name}"),
+      *(
+        sys.executable,
+        "-m",
+        "bench.check_fused",
+        "--in_process",
+        f"--model={name}",
+      ),
       *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
       *(f"--tokens={_TOKENS.value}", f"--output={output}"),
     ]

@@ -6,7 +6,7 @@ tokens, seed 0. The same run checks the result: logits against float32 over a
 few steps (`decode.compare`), and measures the device's read ceiling, so that
 the figures can be judged. The last line printed is one JSON object.
 
-  python bench/decode.py --preset=llama-3.2-1b --output=FILE.json
+  python -m bench.decode --preset=llama-3.2-1b --output=FILE.json
 """
 
 import datetime

@@ -7,7 +7,7 @@ included), those waits alone, finishing and sending, and, of the memory
 warpgroup, waiting for a free slot. A ring that is never full is never waited
 for by compute; time with the ring full is time in which memory is idle.
 
-  python bench/timeline.py --preset=llama-3.2-1b --position=96 --output=FILE
+  python -m bench.timeline --preset=llama-3.2-1b --position=96 --output=FILE
 """
 
 import datetime
