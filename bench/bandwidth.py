@@ -9,7 +9,7 @@ the array are one device loop where possible, so that launches do not count.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ def _bits(size_bytes: int) -> jax.Array:
 
 
 def _rates(
-  calls: dict[str, Callable[[], Any]], num_bytes: int, repeats: int
+  calls: Mapping[str, Callable[[], Any]], num_bytes: int, repeats: int
 ) -> harness.Samples[float]:
   """Times calls that move `num_bytes` each; in GB/s."""
 

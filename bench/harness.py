@@ -263,8 +263,11 @@ def table(measurements: Sequence[Mapping[str, Any]]) -> str:
       f"{name} {m['check']['metrics'][name]:.3g} (at most {limit:.3g})"
       for name, limit in m["check"]["limits"].items()
     )
+    what = m["name"]
+    if "prompt" in m["details"]:
+      what += f", prompt {m['details']['prompt']}"
     lines.append(
-      f"| {m['name']} | {m['median']:.4f} {m['unit']} | {m['min']:.4f}"
+      f"| {what} | {m['median']:.4f} {m['unit']} | {m['min']:.4f}"
       f" | {m['interquartile']:.4f} | {gbps}"
       f" | {'' if share is None else f'{share:.1%}'} | {worst} |"
     )
