@@ -20,7 +20,8 @@ from absl import app
 from absl import flags as absl_flags
 
 import ffjax
-from bench import bandwidth, checks, environment, flags, harness
+from bench import bandwidth, checks, environment, flags, harness, loops
+from bench.loops import SEED, LoopTimes
 from bench.models import ALL
 from ffjax import stepping
 from ffjax.cache import rounded_capacity
@@ -36,22 +37,6 @@ _TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = absl_flags.DEFINE_integer("top_k", None, "Sampling's filter, or none.")
 _TOP_P = absl_flags.DEFINE_float("top_p", None, "Sampling's filter, or none.")
 _MIN_P = absl_flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
-
-SEED = 0
-# What `ffjax.random_model` and `prompt` make.
-DATA: dict[str, Any] = dict(
-  weights="normal, standard deviation 0.02; norms normal around 1, 0.1",
-  prompt="uniform token ids",
-  seed=SEED,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopTimes:
-  """One prefill and one loop of steps, in seconds."""
-
-  prefill_s: float
-  loop_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,30 +81,10 @@ class Loop:
     )
     emitted = np.asarray(new_tokens)
     end = time.perf_counter()
-    check_tokens(emitted, (batch, self.num_steps), self.model.config.vocab_size)
-    return LoopTimes(prefilled - begin, end - prefilled)
-
-
-def check_tokens(
-  emitted: np.ndarray, shape: tuple[int, ...], vocab_size: int
-) -> None:
-  """Raises unless all steps of a loop gave token ids.
-
-  Raises:
-    CheckFailedError: if the loop ended early or a token does not exist.
-  """
-  valid = (emitted >= 0) & (emitted < vocab_size)
-  if emitted.shape != shape or not valid.all():
-    raise harness.CheckFailedError(
-      f"a timed loop gave {valid.sum()} tokens, shape {emitted.shape}, where"
-      f" {shape} were to come"
+    loops.check_tokens(
+      emitted, (batch, self.num_steps), self.model.config.vocab_size
     )
-
-
-def prompt(vocab_size: int, batch: int, length: int) -> np.ndarray:
-  """Makes `[B, T]` random tokens; a longer prompt continues a shorter one."""
-  rng = np.random.default_rng(SEED)
-  return rng.integers(0, vocab_size, (length, batch), np.int32).T.copy()
+    return LoopTimes(prefilled - begin, end - prefilled)
 
 
 def make_models(
@@ -172,40 +137,27 @@ def measure(
   batch, length = token_ids.shape
   capacity = rounded_capacity(length + num_steps)
   checker = checks.Checker(next(iter(models.values())), token_ids, capacity)
-  checked, loops = {}, {}
+  checked, candidates = {}, {}
   for name, model in models.items():
     checked[name] = checker.implementation(name)
     checked[name].require(name)
-    loops[name] = Loop(model, name, token_ids, num_steps, capacity, sampling)
-  del checker
-  samples = harness.interleave(loops, warm_ups, repeats)
-  mean_length = length + num_steps / 2
-  made = []
-  for name, model in models.items():
-    packed = isinstance(model.params, PackedParams)
-    first = samples.first[name]
-    made.append(
-      harness.Measurement(
-        name=name,
-        unit="ms",
-        samples=[1e3 * t.loop_s / num_steps for t in samples.timed[name]],
-        warm_ups=samples.warm_ups,
-        check=checked[name],
-        clocks=samples.clocks,
-        bytes_per_step=model.bytes_per_step(batch, mean_length),
-        ceiling_gbps=ceiling_gbps,
-        details=dict(
-          batch=batch,
-          prompt=length,
-          context=f"{length} to {length + num_steps}",
-          steps=num_steps,
-          weights="packed" if packed else "as loaded",
-          prefill_ms=[1e3 * t.prefill_s for t in samples.timed[name]],
-          first_call_s=dataclasses.asdict(first),
-        ),
-      )
+    candidates[name] = Loop(
+      model, name, token_ids, num_steps, capacity, sampling
     )
-  return made
+  del checker
+  samples = harness.interleave(candidates, warm_ups, repeats)
+  model = next(iter(models.values()))
+  shape = loops.Shape(
+    batch,
+    length,
+    num_steps,
+    model.bytes_per_step(batch, length + num_steps / 2),
+  )
+  details = {
+    name: dict(packed=isinstance(model.params, PackedParams))
+    for name, model in models.items()
+  }
+  return loops.measurements(shape, samples, checked, ceiling_gbps, details)
 
 
 def main(argv: list[str]) -> None:
@@ -225,7 +177,7 @@ def main(argv: list[str]) -> None:
   for length in flags.prompts():
     measurements += measure(
       models,
-      prompt(config.vocab_size, flags.BATCH.value, length),
+      loops.prompt(config.vocab_size, flags.BATCH.value, length),
       flags.STEPS.value,
       sampling,
       ceilings["read_gbps"],
@@ -250,7 +202,7 @@ def main(argv: list[str]) -> None:
     ),
     device=environment.jax_device(),
     commit=commit,
-    data={**DATA, **took},
+    data={**loops.DATA, **took},
     measurements=measurements,
     ceilings=ceilings,
   ).report(flags.OUTPUT.value)

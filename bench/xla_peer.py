@@ -15,8 +15,16 @@ from absl import app
 from absl import flags as absl_flags
 
 import ffjax
-from bench import bandwidth, checks, environment, flags, harness, xla_step
-from bench.decode import DATA, SEED, LoopTimes, check_tokens, prompt
+from bench import (
+  bandwidth,
+  checks,
+  environment,
+  flags,
+  harness,
+  loops,
+  xla_step,
+)
+from bench.loops import SEED, LoopTimes
 from bench.models import ALL
 from bench.xla_step import State, Variant, Weights
 from ffjax import stepping
@@ -121,7 +129,7 @@ def time_loop(
   _, tokens = loop(model.config, variant, weights, state, num_steps)
   emitted = np.asarray(tokens)
   end = time.perf_counter()
-  check_tokens(emitted, (num_steps,), model.config.vocab_size)
+  loops.check_tokens(emitted, (num_steps,), model.config.vocab_size)
   return LoopTimes(middle - begin, end - middle)
 
 
@@ -136,7 +144,7 @@ def measure(
 ) -> list[harness.Measurement]:
   """Checks and times variants on one prompt."""
   config = model.config
-  token_ids = prompt(config.vocab_size, 1, length)
+  token_ids = loops.prompt(config.vocab_size, 1, length)
   capacity = rounded_capacity(length + num_steps)
   checker = checks.Checker(model, token_ids, capacity)
   weights = {
@@ -153,26 +161,10 @@ def measure(
       time_loop, name, model, mine, token_ids, num_steps, capacity
     )
   samples = harness.interleave(calls, warm_ups, repeats)
-  return [
-    harness.Measurement(
-      name=name,
-      unit="ms",
-      samples=[1e3 * t.loop_s / num_steps for t in samples.timed[name]],
-      warm_ups=samples.warm_ups,
-      check=checked[name],
-      clocks=samples.clocks,
-      bytes_per_step=model.bytes_per_step(1, length + num_steps / 2),
-      ceiling_gbps=ceiling_gbps,
-      details=dict(
-        batch=1,
-        prompt=length,
-        context=f"{length} to {length + num_steps}",
-        steps=num_steps,
-        first_call_s=samples.first[name].loop_s,
-      ),
-    )
-    for name in names
-  ]
+  shape = loops.Shape(
+    1, length, num_steps, model.bytes_per_step(1, length + num_steps / 2)
+  )
+  return loops.measurements(shape, samples, checked, ceiling_gbps, {})
 
 
 def main(argv: list[str]) -> None:
@@ -205,7 +197,7 @@ def main(argv: list[str]) -> None:
     ),
     device=environment.jax_device(),
     commit=commit,
-    data=DATA,
+    data=loops.DATA,
     measurements=measurements,
     ceilings=ceilings,
   ).report(flags.OUTPUT.value)
