@@ -39,8 +39,12 @@ def prompts() -> list[int]:
   return [int(length) for length in PROMPT.value]
 
 
-def commit(argv: list[str]) -> dict[str, Any]:
+def commit(argv: list[str], output: str | None = None) -> dict[str, Any]:
   """Returns the commit, having looked at the command line.
+
+  Args:
+    argv: what is left of it.
+    output: where results go, if not to --output.
 
   Raises:
     UsageError: if an argument is not a flag, or if a file is asked for and
@@ -49,7 +53,7 @@ def commit(argv: list[str]) -> dict[str, Any]:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   found = environment.commit(COMMIT.value)
-  if OUTPUT.value is not None and found["hash"] is None:
+  if (output or OUTPUT.value) is not None and found["hash"] is None:
     raise app.UsageError("there is no .git here: say which --commit this is")
   return found
 
