@@ -129,13 +129,11 @@ class Checker:
 
   @functools.cached_property
   def _reference_error_at_start(self) -> float:
-    return self._compare("reference").relative_logit_error
+    return self._compare("reference", self.model).relative_logit_error
 
-  def _compare(self, name: str) -> decode.Comparison:
+  def _compare(self, name: str, model: ffjax.Model) -> decode.Comparison:
     prompts = self.token_ids[:, :_COMPARED_TOKENS].tolist()
-    return decode.compare(
-      self.model, prompts, (BASELINE, name), max_new_tokens=0
-    )
+    return decode.compare(model, prompts, (BASELINE, name), max_new_tokens=0)
 
   def steps(self, steps: Steps) -> Check:
     """Checks steps at the end of the prompt."""
@@ -153,10 +151,18 @@ class Checker:
       ),
     )
 
-  def implementation(self, name: str) -> Check:
-    """Checks an implementation at both places."""
-    end = self.steps(implementation_steps(self.model, name))
-    start = self._compare(name)
+  def implementation(
+    self, name: str, model: ffjax.Model | None = None
+  ) -> Check:
+    """Checks an implementation at both places.
+
+    Args:
+      name: the implementation.
+      model: what it runs, of the same weights; None is the checker's own.
+    """
+    model = self.model if model is None else model
+    end = self.steps(implementation_steps(model, name))
+    start = self._compare(name, model)
     return Check(
       against=f"{BASELINE}, at the start and at the end of the prompt",
       metrics={

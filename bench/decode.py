@@ -139,7 +139,7 @@ def measure(
   checker = checks.Checker(next(iter(models.values())), token_ids, capacity)
   checked, candidates = {}, {}
   for name, model in models.items():
-    checked[name] = checker.implementation(name)
+    checked[name] = checker.implementation(name, model)
     checked[name].require(name)
     candidates[name] = Loop(
       model, name, token_ids, num_steps, capacity, sampling
