@@ -10,7 +10,6 @@ figures can be judged. Several implementations take turns, loop by loop.
     --prompt=32,1024 --output=FILE.json
 """
 
-import dataclasses
 import time
 from typing import Any
 
@@ -20,10 +19,9 @@ from absl import app
 from absl import flags as absl_flags
 
 import ffjax
-from bench import bandwidth, checks, environment, flags, harness, loops
-from bench.loops import SEED, LoopTimes
+from bench import ceilings, checks, environment, flags, harness, loops
+from bench.loops import SEED
 from bench.models import ALL
-from ffjax import stepping
 from ffjax.cache import rounded_capacity
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams
@@ -37,54 +35,6 @@ _TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = absl_flags.DEFINE_integer("top_k", None, "Sampling's filter, or none.")
 _TOP_P = absl_flags.DEFINE_float("top_p", None, "Sampling's filter, or none.")
 _MIN_P = absl_flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-  """A prefill and a loop of `num_steps` steps; a call runs and times both."""
-
-  model: ffjax.Model
-  implementation: str
-  token_ids: np.ndarray
-  num_steps: int
-  capacity: int
-  sampling: Sampling
-
-  def __call__(self) -> LoopTimes:
-    """Runs.
-
-    Raises:
-      CheckFailedError: if what was emitted are not that many token ids.
-    """
-    static: dict[str, Any] = dict(
-      implementation=self.implementation, stop_on_eos=False
-    )
-    batch, length = self.token_ids.shape
-    begin = time.perf_counter()
-    state = stepping.prefill(
-      self.model,
-      self.token_ids,
-      np.full(batch, length, np.int32),
-      self.sampling,
-      capacity=self.capacity,
-      **static,
-    )
-    jax.block_until_ready(state)
-    prefilled = time.perf_counter()
-    _, new_tokens = stepping.decode_steps(
-      self.model,
-      state,
-      self.num_steps,
-      self.sampling,
-      max_steps=self.num_steps,
-      **static,
-    )
-    emitted = np.asarray(new_tokens)
-    end = time.perf_counter()
-    loops.check_tokens(
-      emitted, (batch, self.num_steps), self.model.config.vocab_size
-    )
-    return LoopTimes(prefilled - begin, end - prefilled)
 
 
 def make_models(
@@ -141,7 +91,7 @@ def measure(
   for name, model in models.items():
     checked[name] = checker.implementation(name, model)
     checked[name].require(name)
-    candidates[name] = Loop(
+    candidates[name] = loops.Loop(
       model, name, token_ids, num_steps, capacity, sampling
     )
   del checker
@@ -171,7 +121,7 @@ def main(argv: list[str]) -> None:
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
   )
-  ceilings = bandwidth.ceilings(flags.CEILING_BYTES.value)
+  measured = ceilings.measure(flags.CEILING_BYTES.value)
   models, took = make_models(config, names, _DTYPE.value)
   measurements = []
   for length in flags.prompts():
@@ -180,7 +130,7 @@ def main(argv: list[str]) -> None:
       loops.prompt(config.vocab_size, flags.BATCH.value, length),
       flags.STEPS.value,
       sampling,
-      ceilings["read_gbps"],
+      measured["read_gbps"],
       flags.WARM_UPS.value,
       flags.REPEATS.value,
     )
@@ -204,7 +154,7 @@ def main(argv: list[str]) -> None:
     commit=commit,
     data={**loops.DATA, **took},
     measurements=measurements,
-    ceilings=ceilings,
+    ceilings=measured,
   ).report(flags.OUTPUT.value)
 
 

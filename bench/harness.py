@@ -198,7 +198,7 @@ class Result:
     commit: see `environment.commit`.
     data: distribution and seed of weights and prompt.
     measurements: the figures.
-    ceilings: what the device can do at most, see `bandwidth.ceilings`.
+    ceilings: what the device can do at most, see `ceilings.measure`.
   """
 
   bench: str

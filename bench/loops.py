@@ -1,12 +1,17 @@
 """What is timed: random prompts, and loops of steps after them."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+import ffjax
 from bench import harness
+from ffjax import stepping
+from ffjax.sampling import Sampling
 
 SEED = 0
 # Of what `ffjax.random_model` and `prompt` make, and the peers after them.
@@ -45,6 +50,52 @@ def check_tokens(
       f"a timed loop gave {valid.sum()} tokens, shape {emitted.shape}, where"
       f" {shape} were to come"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """A prefill and a loop of `num_steps` steps; a call runs and times both."""
+
+  model: ffjax.Model
+  implementation: str
+  token_ids: np.ndarray
+  num_steps: int
+  capacity: int
+  sampling: Sampling
+
+  def __call__(self) -> LoopTimes:
+    """Runs.
+
+    Raises:
+      CheckFailedError: if what was emitted are not that many token ids.
+    """
+    static: dict[str, Any] = dict(
+      implementation=self.implementation, stop_on_eos=False
+    )
+    batch, length = self.token_ids.shape
+    begin = time.perf_counter()
+    state = stepping.prefill(
+      self.model,
+      self.token_ids,
+      np.full(batch, length, np.int32),
+      self.sampling,
+      capacity=self.capacity,
+      **static,
+    )
+    jax.block_until_ready(state)
+    prefilled = time.perf_counter()
+    _, new_tokens = stepping.decode_steps(
+      self.model,
+      state,
+      self.num_steps,
+      self.sampling,
+      max_steps=self.num_steps,
+      **static,
+    )
+    emitted = np.asarray(new_tokens)
+    end = time.perf_counter()
+    check_tokens(emitted, (batch, self.num_steps), self.model.config.vocab_size)
+    return LoopTimes(prefilled - begin, end - prefilled)
 
 
 @dataclasses.dataclass(frozen=True)

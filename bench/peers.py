@@ -12,7 +12,6 @@ with 1 if one failed.
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 from absl import app
 from absl import flags as absl_flags
@@ -26,8 +25,6 @@ RUNS = {
   "3-torch": "bench.torch_peers",
   "4-ours-again": "bench.decode",
 }
-# What the device's folder is called, by a part of its kind.
-FOLDERS = ("h100", "h200")
 
 _RUN = absl_flags.DEFINE_multi_enum("run", list(RUNS), list(RUNS), "Processes.")
 _OURS = absl_flags.DEFINE_list(
@@ -63,32 +60,6 @@ def command(name: str, output: pathlib.Path) -> list[str]:
   return made
 
 
-def device_folder(kind: str) -> str:
-  """Returns what results of a kind of device are kept under."""
-  for folder in FOLDERS:
-    if folder in kind.lower():
-      return folder
-  return kind.lower().replace(" ", "-")
-
-
-def summary(results: dict[str, dict[str, Any]], preset: str) -> str:
-  """Formats all figures, and what others say, in Markdown."""
-  measurements = [
-    {**m, "name": f"{m['name']} ({run})"}
-    for run, result in results.items()
-    for m in result["measurements"]
-  ]
-  lines = [harness.table(measurements)]
-  kinds = {result["device"]["kind"] for result in results.values()}
-  for kind in sorted(kinds):
-    lines += [
-      f"| {f.system}, prompt {f.context} | {f.step_ms:.3f} ms | | | | |"
-      f" {f.kind}, not in this run: {f.source} |"
-      for f in published.of(device_folder(kind), preset)
-    ]
-  return "\n".join(lines)
-
-
 def main(argv: list[str]) -> None:
   """Runs the processes and prints the table."""
   flags.commit(argv, _FOLDER.value)
@@ -104,7 +75,7 @@ def main(argv: list[str]) -> None:
       failed.append(name)
     else:
       results[name] = result
-  print(summary(results, flags.PRESET.value))
+  print(published.table(results, flags.PRESET.value))
   if failed:
     sys.exit(f"failed: {', '.join(failed)}")
 

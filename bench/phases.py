@@ -17,7 +17,7 @@ from absl import app
 
 import ffjax
 from bench import (
-  bandwidth,
+  ceilings,
   checks,
   environment,
   flags,
@@ -27,7 +27,6 @@ from bench import (
   phase_times,
   trace,
 )
-from bench.decode import Loop
 from bench.models import ALL
 from ffjax import stepping
 from ffjax.cache import rounded_capacity
@@ -74,13 +73,13 @@ def main(argv: list[str]) -> None:
   config = ALL[flags.PRESET.value]
   (length,) = flags.prompts()
   batch, num_steps = flags.BATCH.value, flags.STEPS.value
-  ceilings = bandwidth.ceilings(flags.CEILING_BYTES.value)
+  measured = ceilings.measure(flags.CEILING_BYTES.value)
   model = ffjax.pack(ffjax.random_model(config, loops.SEED))
   token_ids = loops.prompt(config.vocab_size, batch, length)
   capacity = rounded_capacity(length + num_steps)
   checked = checks.Checker(model, token_ids, capacity).implementation("fused")
   checked.require("fused")
-  whole = Loop(model, "fused", token_ids, num_steps, capacity, Sampling())
+  whole = loops.Loop(model, "fused", token_ids, num_steps, capacity, Sampling())
   middle = length + num_steps // 2
   bare, counting = (
     kernel_steps.KernelLoop(model, batch, middle, capacity, num_steps, timed)
@@ -136,12 +135,12 @@ def main(argv: list[str]) -> None:
         check=checked,
         clocks=samples.clocks,
         bytes_per_step=model.bytes_per_step(batch, length + num_steps / 2),
-        ceiling_gbps=ceilings["read_gbps"],
+        ceiling_gbps=measured["read_gbps"],
         details=details | ({"launches": launched} if i == 0 else {}),
       )
       for i, (name, step_ms) in enumerate(timed_ms.items())
     ],
-    ceilings=ceilings,
+    ceilings=measured,
   ).report(flags.OUTPUT.value)
   whole_ms, bare_ms = (
     float(np.median(samples.timed[name])) for name in ("whole step", "kernel")

@@ -5,6 +5,13 @@ One sequence, bfloat16, ms per step.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bench import harness
+
+# What the device's folder is called, by a part of its kind.
+FOLDERS = ("h100", "h200")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +87,34 @@ FIGURES = (
 def of(device: str, preset: str) -> list[Figure]:
   """Lists the figures for a device, by its folder's name, and a model."""
   return [f for f in FIGURES if (f.device, f.preset) == (device, preset)]
+
+
+def device_folder(kind: str) -> str:
+  """Returns what results of a kind of device are kept under."""
+  for folder in FOLDERS:
+    if folder in kind.lower():
+      return folder
+  return kind.lower().replace(" ", "-")
+
+
+def table(results: Mapping[str, Mapping[str, Any]], preset: str) -> str:
+  """Formats figures of runs, and what others say, in Markdown.
+
+  Args:
+    results: objects of files, by what their run is called.
+    preset: the model.
+  """
+  measurements = [
+    {**m, "name": f"{m['name']} ({run})"}
+    for run, result in results.items()
+    for m in result["measurements"]
+  ]
+  lines = [harness.table(measurements)]
+  kinds = {result["device"]["kind"] for result in results.values()}
+  for kind in sorted(kinds):
+    lines += [
+      f"| {f.system}, prompt {f.context} | {f.step_ms:.3f} ms | | | | |"
+      f" {f.kind}, not in this run: {f.source} |"
+      for f in of(device_folder(kind), preset)
+    ]
+  return "\n".join(lines)

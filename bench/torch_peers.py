@@ -57,8 +57,8 @@ def _describe() -> dict[str, Any]:
   )
 
 
-def ceilings(size_bytes: int, repeats: int = 5) -> dict[str, Any]:
-  """Does what `bandwidth.ceilings` does, by PyTorch's reductions and copy."""
+def measure_ceilings(size_bytes: int, repeats: int = 5) -> dict[str, Any]:
+  """Does what `bench.ceilings.measure` does, by PyTorch's reductions and copy."""
   rows = max(size_bytes // 2 // _COLUMNS, 1)
   generator = torch.Generator(_device()).manual_seed(SEED)
   x = torch.empty((rows, _COLUMNS), dtype=torch.bfloat16, device=_device())
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
   # JAX only counts bytes here; the GPU's memory is PyTorch's.
   jax.config.update("jax_platforms", "cpu")
   config = ALL[flags.PRESET.value]
-  rates = ceilings(flags.CEILING_BYTES.value)
+  rates = measure_ceilings(flags.CEILING_BYTES.value)
   model = torch_step.make_model(config, SEED, _device())
   measurements = []
   for length in flags.prompts():

@@ -14,15 +14,16 @@ import pytest
 
 import ffjax
 from bench import (
-  bandwidth,
+  ceilings,
+  chart,
   checks,
   environment,
   harness,
   loops,
   phase_times,
-  plot,
   published,
   trace,
+  xla_loops,
   xla_step,
 )
 from ffjax import decode, stepping
@@ -154,7 +155,7 @@ def test_clocks_of_new_and_old_drivers(monkeypatch, new_name):
 
 
 def test_ceilings_are_the_best_of_what_was_measured():
-  found = bandwidth.ceilings(10**6, repeats=2)
+  found = ceilings.measure(10**6, repeats=2)
   for kind in ("read", "copy"):
     rates = [
       rate
@@ -168,12 +169,12 @@ def test_ceilings_are_the_best_of_what_was_measured():
 
 def test_a_reduction_that_reads_less_is_refused(monkeypatch):
   monkeypatch.setattr(
-    bandwidth,
+    ceilings,
     "_sum",
     lambda x, passes, axis: jnp.sum(x[: len(x) // (1 if axis == 0 else 2)]),
   )
   with pytest.raises(harness.CheckFailedError, match="uint32 sum"):
-    bandwidth.ceilings(10**6, repeats=1)
+    ceilings.measure(10**6, repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -217,23 +218,19 @@ def test_early_end_of_a_loop_is_refused():
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("product", ["sum", "dot"])
 def test_plain_jax_peer_is_the_reference(model, checker, product, joined):
-  from bench import xla_peer
-
   variant = xla_step.Variant(product, joined)
   weights = xla_step.split(model, joined)
-  found = checker.steps(xla_peer.steps(model.config, variant, weights))
+  found = checker.steps(xla_loops.steps(model.config, variant, weights))
   assert found.passed, found
 
 
 def test_plain_jax_loops_agree(model):
-  from bench import xla_peer
-
   config, steps = model.config, 6
   ids = loops.prompt(config.vocab_size, 1, 5)
   variant = xla_step.Variant("sum", joined=True)
   weights = xla_step.split(model, joined=True)
   emitted = []
-  for loop in (xla_peer.device_loop, xla_peer.host_loop):
+  for loop in (xla_loops.device_loop, xla_loops.host_loop):
     state = stepping.prefill(model, ids, np.array([5], np.int32), capacity=64)
     state = xla_step.state_of(state.cache, state.token_ids[0])
     state, tokens = loop(config, variant, weights, state, steps)
@@ -351,7 +348,7 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   _write(folder, "4.json", dataclasses.replace(phases, bench="bench.phases"))
   (folder / "old.json").write_text('{"step_ms": 1.0}')
   (folder / "list.json").write_text("[]")
-  groups = plot.bars(plot.read(folder), folder.name)
+  groups = chart.bars(chart.read(folder), folder.name)
   assert list(groups) == [("llama-3.2-1b", 32)]
   bars = groups["llama-3.2-1b", 32]
   measured = {b.label: b.step_ms for b in bars if b.kind != "published"}
@@ -360,7 +357,7 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   assert len(others) == len(published.of("h100", "llama-3.2-1b")) > 0
   assert all(b.note in ("published", "measured by us") for b in others)
   assert [b.step_ms for b in bars] == sorted(b.step_ms for b in bars)
-  text = plot.draw(groups, "h100").to_text()
+  text = chart.draw(groups, "h100").to_text()
   root = xml.etree.ElementTree.fromstring(text)
   words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
   assert "2.500 ms, 50%" in words
@@ -368,17 +365,15 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
 
 
 def test_peers_stand_beside_what_is_published():
-  from bench import peers
-
   ours = _result(_measurement()).to_json()
-  text = peers.summary({"1-ours": ours, "4-ours-again": ours}, "llama-3.2-1b")
+  text = published.table({"1-ours": ours, "4-ours-again": ours}, "llama-3.2-1b")
   lines = text.splitlines()
   others = published.of("h100", "llama-3.2-1b")
   assert len(lines) == 2 + 2 + len(others)
   assert lines[2].startswith("| fused (1-ours), prompt 32 | 2.5000 ms |")
   assert all("not in this run: " in line for line in lines[4:])
   assert {line.count("|") for line in lines} == {8}
-  assert peers.device_folder("NVIDIA H200") == "h200"
+  assert published.device_folder("NVIDIA H200") == "h200"
 
 
 def test_published_figures_name_their_source():
