@@ -6,8 +6,8 @@ the live length; repeated launches bit by bit. Where asked for: long greedy
 runs, and KL and NLL on real text. Prints one table and exits with 1 if a check
 fails.
 
-  python bench/check_fused.py --output=bench/results/h100/check_fused.json
-  python bench/check_fused.py --model=smollm2-135m --check=greedy,text \
+  python -m bench.check_fused --output=bench/results/h100/check_fused.json
+  python -m bench.check_fused --model=smollm2-135m --check=greedy,text \
     --checkpoint=checkpoints/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from models import MODELS as _FIVE
 
 import ffjax
+from bench.models import MODELS as _FIVE
 from ffjax import stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
@@ -65,13 +65,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _IN_PROCESS = flags.DEFINE_bool("in_process", False, "No further processes.")
 
 # Batch: capacity and the positions of its sequences, one step each.
-_STEPS = {
+_Steps = dict[int, tuple[int, list[tuple[int, ...]]]]
+_STEPS: _Steps = {
   1: (4224, [(p,) for p in (0, 1, 63, 64, 65, 127, 128, 1000, 4095, 4223)]),
   2: (1088, [(0, 1087), (63, 64)]),
   3: (4224, [(65, 4095, 4223)]),
   8: (1088, [(0, 1, 63, 64, 65, 127, 128, 1000)]),
 }
-_LONG_STEPS = {1: (131072, [(131071,)])}
+_LONG_STEPS: _Steps = {1: (131072, [(131071,)])}
 _MOST_ERROR = 1.5
 _GREEDY_TOKENS = 2000
 _ENDLESS_STEPS = 20_000
@@ -160,7 +161,7 @@ def check_long(name: str, model: ffjax.Model) -> list[Row]:
 def check_steps(
   name: str,
   model: ffjax.Model,
-  steps: dict[int, tuple[int, list[tuple[int, ...]]]] | None = None,
+  steps: _Steps | None = None,
 ) -> list[Row]:
   """Compares single steps with the float32 reference, and noise with none."""
   rows = []
@@ -292,7 +293,7 @@ def check_greedy(name: str, model: ffjax.Model) -> list[Row]:
   capacity = rounded_capacity(at)
   cache = KVCache.create(model.config, 1, capacity, jnp.bfloat16)
   _, cache = stepping.forward(
-    model, ours[None, : at - 1], jnp.asarray([at - 1]), cache
+    model, jnp.asarray(ours[None, : at - 1]), jnp.asarray([at - 1]), cache
   )
   newest = jnp.asarray(ours[at - 1 : at])
   exact, bf16, fused = (
@@ -406,7 +407,13 @@ def _run_in_process(name: str) -> list[Row]:
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / "rows.json"
     command = [
-      *(sys.executable, __file__, "--in_process", f"--model={name}"),
+      *(
+        sys.executable,
+        "-m",
+        "bench.check_fused",
+        "--in_process",
+        f"--model={name}",
+      ),
       *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
       *(f"--tokens={_TOKENS.value}", f"--output={output}"),
     ]

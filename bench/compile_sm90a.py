@@ -4,15 +4,15 @@ Prints one line per model and batch. Fails if registers spill: a spilled byte is
 memory traffic of every thread. It needs JAX's CUDA plugin and ptxas, no GPU;
 about 15 s a line.
 
-  python bench/compile_sm90a.py --model=llama-3.2-1b --batch=1 --capacity=4096
+  python -m bench.compile_sm90a --model=llama-3.2-1b --batch=1 --capacity=4096
 """
 
 import sys
 
 import jax
 from absl import app, flags
-from models import MODELS
 
+from bench.models import MODELS
 from ffjax.packed import geometry_of
 from pallas_kernels import aot
 from pallas_kernels.plan import make_plan

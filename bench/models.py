@@ -25,3 +25,6 @@ MODELS = {
   ),
   "tiny-llama": LlamaConfig.from_json(_CHECKPOINTS / "tiny_llama/config.json"),
 }
+
+# All that can be timed.
+ALL = {**PRESETS, **MODELS}

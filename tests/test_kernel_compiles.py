@@ -23,7 +23,6 @@ if aot.missing():
   pytest.skip(aot.missing(), allow_module_level=True)
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_COMMAND = _ROOT / "bench" / "compile_sm90a.py"
 _CONFIG = ffjax.LlamaConfig.from_json(
   _ROOT / "checkpoints" / "tiny_llama" / "config.json"
 )
@@ -38,7 +37,8 @@ _MODELS = (
 
 def _run(*args):
   return subprocess.run(
-    [sys.executable, _COMMAND, *args],
+    [sys.executable, "-m", "bench.compile_sm90a", *args],
+    cwd=_ROOT,
     capture_output=True,
     text=True,
     check=False,

@@ -19,6 +19,19 @@ def test_python_example_runs(monkeypatch):
   assert all(names["out"].texts)
 
 
+def _figures(result):
+  """Lists ms, GB/s, share of the ceiling and KL of whole steps in a file."""
+  if "schema" not in result:
+    # A file of before the harness has one.
+    keys = ("step_ms", "achieved_gbps", "share_of_ceiling")
+    return [(*(result[key] for key in keys), result["check"]["mean_kl"])]
+  return [
+    (m["median"], m["gbps"], m["share_of_ceiling"], metrics["mean_kl"])
+    for m in result["measurements"]
+    for metrics in [m["check"]["metrics"]]
+  ]
+
+
 def test_figures_are_those_of_their_files():
   rows = re.findall(r"^\|(.*)\| `(bench/results/.*\.json)` \|$", _README, re.M)
   assert len(rows) >= 2
@@ -26,12 +39,19 @@ def test_figures_are_those_of_their_files():
     cells = [cell.strip() for cell in row.split("|")]
     device, model, step_ms, gbps, share = cells
     result = json.loads((_ROOT / path).read_text())
-    assert result["device"].endswith(device)
+    kind = result["device"]
+    kind = kind["kind"] if isinstance(kind, dict) else kind
+    assert kind.endswith(device)
     assert result["flags"]["preset"] == model.lower()
-    assert float(step_ms) == pytest.approx(result["step_ms"], abs=6e-4)
-    assert float(gbps) == pytest.approx(result["achieved_gbps"], abs=0.6)
-    assert share == f"{result['share_of_ceiling']:.0%}"
-    assert result["check"]["mean_kl"] < 1e-2
+    matching = [
+      mean_kl
+      for found_ms, found_gbps, found_share, mean_kl in _figures(result)
+      if float(step_ms) == pytest.approx(found_ms, abs=6e-4)
+      and float(gbps) == pytest.approx(found_gbps, abs=0.6)
+      and share == f"{found_share:.0%}"
+    ]
+    assert matching, row
+    assert min(matching) < 1e-2
 
 
 def test_named_files_exist():

@@ -1,0 +1,1 @@
+"""Measures ffjax; run from the repository root as `python -m bench.NAME`."""

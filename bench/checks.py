@@ -1,0 +1,180 @@
+"""Says whether what is timed is the model: logits against float32.
+
+Two places count: the start of a sequence, by `decode.compare`, and the end of
+the prompt, in a cache of the size that is timed. The limit is relative: what
+rounds to bfloat16 may err 1.5 times as much as the bfloat16 reference does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ffjax
+from bench.harness import Check
+from ffjax import decode, stepping
+from ffjax.cache import KVCache
+from ffjax.implementation import resolve
+
+# Of the bfloat16 reference's own error.
+MOST_ERROR = 1.5
+# What the bfloat16 reference itself may err; it errs by 2 to 3% where weights
+# are random.
+MOST_REFERENCE_ERROR = 0.1
+_COMPARED_TOKENS = 16
+_STEPS = 4
+BASELINE = "reference_float32"
+
+# From a cache and `[B, T]` tokens, fed one by one, to logits `[T, B, V]`. The
+# cache stays as it is.
+Steps = Callable[[KVCache, np.ndarray], np.ndarray]
+
+
+@functools.partial(
+  jax.jit, static_argnames=("implementation",), donate_argnames=("cache",)
+)
+def _step(
+  model: ffjax.Model,
+  token_ids: jax.Array,
+  cache: KVCache,
+  *,
+  implementation: str,
+) -> tuple[jax.Array, KVCache]:
+  active = jnp.ones_like(token_ids, bool)
+  step = resolve(implementation, model, cache).step
+  out = step(model, token_ids, active, cache)
+  return out.logits, out.cache
+
+
+def implementation_steps(model: ffjax.Model, name: str) -> Steps:
+  """Returns the steps of an implementation that users can name."""
+
+  def steps(cache: KVCache, token_ids: np.ndarray) -> np.ndarray:
+    dtype = resolve(name, model).dtype(model)
+    # Copies, since the step overwrites its cache.
+    cache = KVCache(
+      k=jnp.array(cache.k, dtype, copy=True),
+      v=jnp.array(cache.v, dtype, copy=True),
+      lengths=jnp.array(cache.lengths, copy=True),
+    )
+    logits = []
+    for ids in token_ids.T:
+      one, cache = _step(model, jnp.asarray(ids), cache, implementation=name)
+      logits.append(np.asarray(one))
+    return np.stack(logits)
+
+  return steps
+
+
+def relative_error(logits: np.ndarray, baseline: np.ndarray) -> float:
+  """Returns the root mean square difference over the baseline's."""
+  exact = np.asarray(baseline, np.float64)
+  difference = np.asarray(logits, np.float64) - exact
+  return float(np.linalg.norm(difference) / np.linalg.norm(exact))
+
+
+def mean_kl(logits: np.ndarray, baseline: np.ndarray) -> float:
+  """Returns the mean Kullback-Leibler divergence from the baseline, in nats."""
+  p = _log_softmax(baseline)
+  return float((np.exp(p) * (p - _log_softmax(logits))).sum(-1).mean())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+  x = np.asarray(logits, np.float64)
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@dataclasses.dataclass
+class Checker:
+  """Checks candidates on one model; computes what they share only once.
+
+  Attributes:
+    model: whose steps the float32 and bfloat16 references run.
+    token_ids: `[B, T]`, the prompt of the timed run.
+    capacity: of the timed run's cache.
+  """
+
+  model: ffjax.Model
+  token_ids: np.ndarray
+  capacity: int
+
+  @functools.cached_property
+  def _context(self) -> KVCache:
+    """The prompt's keys and values but for the last few, by the reference."""
+    ids = self.token_ids[:, : -min(_STEPS, self.token_ids.shape[1] - 1)]
+    lengths = np.full(len(ids), ids.shape[1], np.int32)
+    cache = KVCache.create(
+      self.model.config, len(ids), self.capacity, self.model.dtype
+    )
+    forward = jax.jit(stepping.forward, donate_argnums=3)
+    return forward(self.model, ids, lengths, cache)[1]
+
+  def _logits(self, steps: Steps) -> np.ndarray:
+    taken = self.token_ids.shape[1] - min(_STEPS, self.token_ids.shape[1] - 1)
+    return steps(self._context, self.token_ids[:, taken:])
+
+  @functools.cached_property
+  def _baseline(self) -> np.ndarray:
+    return self._logits(implementation_steps(self.model, BASELINE))
+
+  @functools.cached_property
+  def reference_error(self) -> float:
+    """What the bfloat16 reference errs at the end of the prompt."""
+    steps = implementation_steps(self.model, "reference")
+    return relative_error(self._logits(steps), self._baseline)
+
+  @functools.cached_property
+  def _reference_error_at_start(self) -> float:
+    return self._compare("reference", self.model).relative_logit_error
+
+  def _compare(self, name: str, model: ffjax.Model) -> decode.Comparison:
+    prompts = self.token_ids[:, :_COMPARED_TOKENS].tolist()
+    return decode.compare(model, prompts, (BASELINE, name), max_new_tokens=0)
+
+  def steps(self, steps: Steps) -> Check:
+    """Checks steps at the end of the prompt."""
+    logits = self._logits(steps)
+    return Check(
+      against=f"{BASELINE}, at the end of the prompt",
+      metrics=dict(
+        relative_logit_error=relative_error(logits, self._baseline),
+        mean_kl=mean_kl(logits, self._baseline),
+        reference_error=self.reference_error,
+      ),
+      limits=dict(
+        relative_logit_error=MOST_ERROR * self.reference_error,
+        reference_error=MOST_REFERENCE_ERROR,
+      ),
+    )
+
+  def implementation(
+    self, name: str, model: ffjax.Model | None = None
+  ) -> Check:
+    """Checks an implementation at both places.
+
+    Args:
+      name: the implementation.
+      model: what it runs, of the same weights; None is the checker's own.
+    """
+    model = self.model if model is None else model
+    end = self.steps(implementation_steps(model, name))
+    start = self._compare(name, model)
+    return Check(
+      against=f"{BASELINE}, at the start and at the end of the prompt",
+      metrics={
+        **end.metrics,
+        "relative_logit_error_at_start": start.relative_logit_error,
+        "mean_kl_at_start": start.mean_kl,
+        "reference_error_at_start": self._reference_error_at_start,
+      },
+      limits={
+        **end.limits,
+        "relative_logit_error_at_start": (
+          MOST_ERROR * self._reference_error_at_start
+        ),
+      },
+    )

@@ -1,0 +1,63 @@
+"""Flags that several scripts share; absl takes each name only once."""
+
+from typing import Any
+
+from absl import app, flags
+
+from bench import environment
+from bench.models import ALL
+
+PRESET = flags.DEFINE_enum("preset", "llama-3.2-1b", list(ALL), "Model.")
+BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
+PROMPT = flags.DEFINE_list("prompt", ["32"], "Prompt tokens of each.")
+STEPS = flags.DEFINE_integer(
+  "steps", 128, "Steps in one timed loop.", lower_bound=1
+)
+WARM_UPS = flags.DEFINE_integer(
+  "warm_ups", 2, "Loops of each before the timed ones.", lower_bound=1
+)
+REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Timed loops of each; all are kept.", lower_bound=1
+)
+CEILING_BYTES = flags.DEFINE_integer(
+  "ceiling_bytes", 4 * 10**9, "Bytes that the ceilings are measured with."
+)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
+COMMIT = flags.DEFINE_string(
+  "commit", None, "Commit of this tree, where it is a copy without .git."
+)
+
+flags.register_validator(
+  PROMPT,
+  lambda lengths: all(x.isdecimal() and int(x) > 1 for x in lengths),
+  "takes whole numbers of at least 2, with commas between them",
+)
+
+
+def prompts() -> list[int]:
+  """Returns the lengths of prompts to run."""
+  return [int(length) for length in PROMPT.value]
+
+
+def commit(argv: list[str], output: str | None = None) -> dict[str, Any]:
+  """Returns the commit, having looked at the command line.
+
+  Args:
+    argv: what is left of it.
+    output: where results go, if not to --output.
+
+  Raises:
+    UsageError: if an argument is not a flag, or if a file is asked for and
+      nobody knows the commit.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  found = environment.commit(COMMIT.value)
+  if (output or OUTPUT.value) is not None and found["hash"] is None:
+    raise app.UsageError("there is no .git here: say which --commit this is")
+  return found
+
+
+def values(*holders: flags.FlagHolder) -> dict[str, Any]:
+  """Returns flags by name."""
+  return {holder.name: holder.value for holder in holders}

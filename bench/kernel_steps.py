@@ -1,0 +1,135 @@
+"""Steps of the kernel alone, in one device loop, counting its time or not.
+
+Nothing but the launch is in the loop: the position stays, so that the rope
+table is made once, and no token is stored.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ffjax
+from ffjax import packed, rope
+from ffjax.cache import KVCache
+from pallas_kernels import kernel, times
+from pallas_kernels.plan import make_plan
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("plan", "config", "timed", "steps"),
+  donate_argnums=(2, 3),
+)
+def _run(
+  params: packed.PackedParams,
+  token_ids: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  positions: jax.Array,
+  plan: Any,
+  config: Any,
+  timed: bool,
+  steps: int,
+) -> Any:
+  cos, sin = rope.cos_sin(config, positions)
+
+  def step(_: Any, carry: Any) -> Any:
+    token_ids, k, v, counted = carry
+    ref = jax.new_ref(jnp.zeros_like(counted)) if timed else None
+    _, token_ids, k, v = kernel.step(
+      plan,
+      params.operands(),
+      token_ids,
+      positions,
+      jnp.ones_like(positions, bool),
+      cos,
+      sin,
+      k,
+      v,
+      ref,
+    )
+    if ref is not None:
+      counted = counted + jax.freeze(ref)
+    return token_ids, k, v, counted
+
+  counted = jnp.zeros((plan.num_ctas, *times.SHAPE), jnp.int32)
+  return jax.lax.fori_loop(0, steps, step, (token_ids, k, v, counted))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a loop gave.
+
+  Attributes:
+    step_ms: by the host's clock, the mean.
+    token_ids: `[B]`, those of the last step.
+    counted: `[P, phases, kinds]`, the mean over steps; zeros if not asked for.
+  """
+
+  step_ms: float
+  token_ids: np.ndarray
+  counted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLoop:
+  """A loop of `num_steps` launches; a call runs and times it.
+
+  Attributes:
+    model: packed.
+    batch: sequences.
+    position: of the new token of each; what is before it is random.
+    capacity: of the cache.
+    num_steps: launches.
+    timed: whether the kernel counts its time, which costs some.
+  """
+
+  model: ffjax.Model
+  batch: int
+  position: int
+  capacity: int
+  num_steps: int
+  timed: bool
+
+  def __call__(self) -> Run:
+    """Runs."""
+    params, config = self.model.params, self.model.config
+    assert isinstance(params, packed.PackedParams)
+    plan = make_plan(
+      packed.geometry_of(config), self.batch, self.capacity, params.num_ctas
+    )
+    shape = jax.eval_shape(
+      lambda: KVCache.create(config, self.batch, self.capacity, jnp.bfloat16)
+    ).k.shape
+    k, v = (
+      jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)
+      for n in range(2)
+    )
+    token_ids = jnp.ones((self.batch,), jnp.int32)
+    positions = jnp.full((self.batch,), self.position, jnp.int32)
+    jax.block_until_ready((k, v, token_ids, positions))
+    begin = time.perf_counter()
+    token_ids, _, _, counted = jax.block_until_ready(
+      _run(
+        params,
+        token_ids,
+        k,
+        v,
+        positions,
+        plan=plan,
+        config=config,
+        timed=self.timed,
+        steps=self.num_steps,
+      )
+    )
+    took_s = time.perf_counter() - begin
+    return Run(
+      step_ms=1e3 * took_s / self.num_steps,
+      token_ids=np.asarray(token_ids),
+      counted=np.asarray(counted, np.float64) / self.num_steps,
+    )

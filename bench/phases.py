@@ -1,0 +1,159 @@
+"""Measures what a fused step costs outside of the kernel.
+
+Three loops take turns: whole steps of `ffjax.decode`'s loop, launches of the
+kernel with nothing between them, and launches of a kernel that counts the
+nanoseconds from its first instruction to its last. Where the profiler sees the
+device, it says how many launches a step takes, and the gap between two kernels.
+
+  python -m bench.phases --preset=llama-3.2-1b --output=FILE.json
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app
+
+import ffjax
+from bench import (
+  ceilings,
+  checks,
+  environment,
+  flags,
+  harness,
+  kernel_steps,
+  loops,
+  phase_times,
+  trace,
+)
+from bench.models import ALL
+from ffjax import stepping
+from ffjax.cache import rounded_capacity
+from ffjax.sampling import Sampling
+
+_TRACED_STEPS = 32
+
+
+def traced(
+  model: ffjax.Model, token_ids: np.ndarray, implementation: str, num_steps: int
+) -> trace.Launches | None:
+  """Counts what a step launches, by two loops under the profiler.
+
+  Returns:
+    None if the profiler does not see the device.
+  """
+  batch, length = token_ids.shape
+  static: dict[str, Any] = dict(
+    implementation=implementation, stop_on_eos=False
+  )
+
+  def loop(steps: int) -> list[trace.Event]:
+    state = stepping.prefill(
+      model,
+      token_ids,
+      np.full(batch, length, np.int32),
+      capacity=rounded_capacity(length + 2 * num_steps),
+      **static,
+    )
+    jax.block_until_ready(state)
+    return trace.record(
+      lambda: stepping.decode_steps(
+        model, state, steps, max_steps=2 * num_steps, **static
+      )
+    )
+
+  loop(num_steps)  # Compiles.
+  return trace.launches(loop(num_steps), loop(2 * num_steps), num_steps)
+
+
+def main(argv: list[str]) -> None:
+  """Checks, times, prints and writes."""
+  commit = flags.commit(argv)
+  config = ALL[flags.PRESET.value]
+  (length,) = flags.prompts()
+  batch, num_steps = flags.BATCH.value, flags.STEPS.value
+  measured = ceilings.measure(flags.CEILING_BYTES.value)
+  model = ffjax.pack(ffjax.random_model(config, loops.SEED))
+  token_ids = loops.prompt(config.vocab_size, batch, length)
+  capacity = rounded_capacity(length + num_steps)
+  checked = checks.Checker(model, token_ids, capacity).implementation("fused")
+  checked.require("fused")
+  whole = loops.Loop(model, "fused", token_ids, num_steps, capacity, Sampling())
+  middle = length + num_steps // 2
+  bare, counting = (
+    kernel_steps.KernelLoop(model, batch, middle, capacity, num_steps, timed)
+    for timed in (False, True)
+  )
+  kernel_ms: list[float] = []
+
+  def run_counting() -> float:
+    run = counting()
+    kernel_ms.append(phase_times.timeline(run.counted).step_us / 1e3)
+    return run.step_ms
+
+  samples = harness.interleave(
+    {
+      "whole step": lambda: 1e3 * whole().loop_s / num_steps,
+      "kernel": lambda: bare().step_ms,
+      "kernel, counting": run_counting,
+    },
+    flags.WARM_UPS.value,
+    flags.REPEATS.value,
+  )
+  timed_ms = {
+    **samples.timed,
+    "kernel, counting, by its own clock": kernel_ms[-flags.REPEATS.value :],
+  }
+  try:
+    found = traced(model, token_ids, "fused", _TRACED_STEPS)
+  except (OSError, RuntimeError) as e:
+    # The profiler is not worth losing what has been measured.
+    print(f"the profiler failed: {e}")
+    found = None
+  launched = found and dataclasses.asdict(found)
+  details = dict(batch=batch, prompt=length, steps=num_steps)
+  harness.Result(
+    bench="bench.phases",
+    flags=flags.values(
+      flags.PRESET,
+      flags.BATCH,
+      flags.PROMPT,
+      flags.STEPS,
+      flags.WARM_UPS,
+      flags.REPEATS,
+    ),
+    device=environment.jax_device(),
+    commit=commit,
+    data=loops.DATA,
+    measurements=[
+      harness.Measurement(
+        name=name,
+        unit="ms",
+        samples=step_ms,
+        warm_ups=samples.warm_ups,
+        check=checked,
+        clocks=samples.clocks,
+        bytes_per_step=model.bytes_per_step(batch, length + num_steps / 2),
+        ceiling_gbps=measured["read_gbps"],
+        details=details | ({"launches": launched} if i == 0 else {}),
+      )
+      for i, (name, step_ms) in enumerate(timed_ms.items())
+    ],
+    ceilings=measured,
+  ).report(flags.OUTPUT.value)
+  whole_ms, bare_ms = (
+    float(np.median(samples.timed[name])) for name in ("whole step", "kernel")
+  )
+  print(f"outside of the kernel: {1e3 * (whole_ms - bare_ms):.1f} us per step")
+  if found is None:
+    print("the profiler does not see the device: no count of launches")
+  else:
+    print(
+      f"{found.per_step:.1f} launches per step; {found.longest} takes"
+      f" {found.longest_us:.1f} us, {found.gap_us:.1f} us to the next"
+    )
+
+
+if __name__ == "__main__":
+  app.run(main)
