@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -38,7 +37,6 @@ from pallas_kernels.plan import (
   operand_shapes,
   scratch_shapes,
 )
-
 from pallas_kernels.steps import Operands
 
 # What `wgmma` reads from shared memory, beside the ring.
@@ -261,7 +259,8 @@ def launch(
   refs = {name: jax.new_ref(operands[name]) for name in CHANGED}
   args = operands | refs
   logits, progress = make_step(plan, timed=timed, **kwargs)(
-    *([times_ref] if timed else []), *(args[name] for name in operand_shapes(plan))
+    *([times_ref] if timed else []),
+    *(args[name] for name in operand_shapes(plan)),
   )
   changed = {name: jax.freeze(ref) for name, ref in refs.items()}
   return logits, {"progress": progress, **changed}

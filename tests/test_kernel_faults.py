@@ -184,7 +184,7 @@ def _merge_nothing(self, item, stamp):
 
 def _other_angles(operands):
   """Turns by the angles of the position after."""
-  cos, sin = operands["angles"]
+  cos, sin = operands["angles"][0]
   half = cos.shape[1]
   step = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, :]
   return operands | dict(
@@ -193,7 +193,7 @@ def _other_angles(operands):
         cos * jnp.cos(step) - sin * jnp.sin(step),
         sin * jnp.cos(step) + cos * jnp.sin(step),
       ]
-    )
+    )[None]
   )
 
 
@@ -219,10 +219,10 @@ def _next_rows_residual(runs):
   return runs | dict(o=(runs["o"][0] + 1, runs["o"][1]))
 
 
-def _shift_choice(self):
+def _shift_choice(self, stamp):
   # The other way, the largest would be clipped to the size of the vocabulary.
   self.best.at[1][...] = self.best[1] - jnp.float32(8)
-  kernel.Cta.choose(self)
+  kernel.Cta.choose(self, stamp)
 
 
 def _next_row(self, layer, b, head, position):
