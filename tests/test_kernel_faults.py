@@ -25,7 +25,7 @@ if interpreter.missing():
 
 from interpreted_step import TINY, Case, check
 
-from pallas_kernels import kernel, words
+from pallas_kernels import kernel, steps, words
 from pallas_kernels.geometry import TILE
 
 # One layer is enough unless a fault needs a second one; the interpreter's time
@@ -36,6 +36,8 @@ _FULL_TILE = Case(_LAYER, 1, 128, (TILE - 1,))
 _NEXT_TILE = Case(_LAYER, 1, 128, (TILE,))
 # Longer than the ring has slots.
 _LONG_STREAM = Case(TINY, 1, 64, (2,))
+_LAST_SLOT = Case(_LAYER, 1, 64, (63,))
+_IDLE = Case(_LAYER, 1, 64, (2, 0), (True, False))
 _TWO_CTAS = Case(_LAYER, 2, 64, (2,))
 _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 # Uneven runs, groups of fewer units than most.
@@ -225,6 +227,20 @@ def _shift_choice(self, stamp):
   kernel.Cta.choose(self, stamp)
 
 
+def _positions_stay(self, b, chosen):
+  kernel.Cta.proceed(self, b, chosen)
+  self.next_progress[steps.POSITIONS, b] = self.positions[b]
+
+
+def _count_nothing(self, num):
+  del num
+  kernel.Cta.tick(self, 0)
+
+
+def _one_slot_more(plan):
+  return dataclasses.replace(plan, capacity=plan.capacity + 1)
+
+
 def _next_row(self, layer, b, head, position):
   kernel.Cta.extend_cache(self, layer, b, head, position + 1)
 
@@ -304,13 +320,38 @@ _FAULTS = {
   "the new key in the next row": _Fault(
     _FEW_KEYS, "other rows", _instead(extend_cache=_next_row)
   ),
+  # From step to step.
+  "stamps are those of the first step": _Fault(
+    _TWO_CTAS, "is sent with", _in("compute", None, step=lambda x: x - 1)
+  ),
+  "the angles of the first step": _Fault(
+    _FEW_KEYS, "new rows", _in("load_angles", None, step=lambda x: x - 1)
+  ),
+  "positions are not advanced": _Fault(
+    _FEW_KEYS, "positions", _instead(proceed=_positions_stay)
+  ),
+  "a full cache ends nothing": _Fault(
+    _LAST_SLOT, "activity", _in("proceed", None, plan=_one_slot_more)
+  ),
+  "what is idle goes on": _Fault(
+    _IDLE, "kept ids", _in("proceed", None, active=lambda x: _Plus(x, 1))
+  ),
+  "tokens go to the first step's row": _Fault(
+    _FEW_KEYS, "emitted", _in("proceed", None, step=lambda x: x - 1)
+  ),
+  "steps are not counted": _Fault(
+    _FEW_KEYS, "clock", _instead(tick=_count_nothing)
+  ),
 }
 
 
 @pytest.mark.parametrize("fault", _FAULTS.values(), ids=_FAULTS.keys())
 def test_fault_is_found(fault, monkeypatch):
   # What stops the interpreter is no assertion, and comes by way of XLA.
-  compared = ("logits", "next ids", "new rows", "other rows", "races")
+  compared = (
+    *("logits", "next ids", "new rows", "other rows", "races"),
+    *("kept ids", "positions", "activity", "clock", "emitted"),
+  )
   error = AssertionError
   if fault.found not in compared:
     monkeypatch.setattr(interpreter, "DEADLOCK_S", 1.0)
