@@ -83,21 +83,14 @@ class CtaBase:
       for i, matmul in enumerate(plan.schedule.matmuls)
     }
 
-  @property
-  def batch(self) -> range:
-    """The sequences."""
-    return range(self.plan.batch)
-
   def goes_on(self) -> Index:
     """Says whether there is anything to do in this launch."""
-    active = functools.reduce(
-      operator.or_, (self.active[b] > 0 for b in self.batch)
-    )
-    return active & (self.step < self.max_steps)
+    active = (self.active[b] > 0 for b in range(self.plan.batch))
+    return functools.reduce(operator.or_, active) & (self.step < self.max_steps)
 
   def stay(self) -> None:
     """Hands the progress on as it is."""
-    for b in self.batch:
+    for b in range(self.plan.batch):
       for row in (TOKEN_IDS, POSITIONS, ACTIVE):
         self.next_progress[row, b] = self.progress[row, b]
     self.tick(0)

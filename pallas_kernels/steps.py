@@ -97,28 +97,24 @@ def operands(
     v_cache: likewise.
   """
   g = plan.geometry
-  missing = MAX_BATCH - plan.batch
+  num_steps = jnp.asarray(num_steps).astype(jnp.int32)
   # Few arrays: each costs a launch of its own.
-  clock = jnp.zeros_like(token_ids, shape=(MAX_BATCH,))
-  sequences = jnp.stack(
-    [
-      jnp.clip(token_ids, 0, g.vocab_size - 1),
-      jnp.where(active, positions, 0),
-      active.astype(jnp.int32),
-    ]
+  progress = (
+    jnp.clip(token_ids, 0, g.vocab_size - 1),
+    jnp.where(active, positions, 0),
+    active.astype(jnp.int32),
+    jnp.stack([jnp.zeros_like(num_steps), num_steps]),
   )
   shapes = operand_shapes(plan, len(cos))
   found = dict(
     table=jnp.asarray(plan.schedule.table()),
     num_layers=jnp.full((1,), g.num_hidden_layers, jnp.int32),
-    progress=jnp.concatenate(
-      [
-        jnp.pad(sequences, ((0, 0), (0, missing))),
-        clock.at[1].set(jnp.asarray(num_steps).astype(jnp.int32))[None],
-      ]
+    progress=jnp.stack(
+      [jnp.pad(row, (0, MAX_BATCH - len(row))) for row in progress]
     ),
     angles=jnp.pad(
-      jnp.stack([cos, sin], axis=1), ((0, 0), (0, 0), (0, missing), (0, 0))
+      jnp.stack([cos, sin], axis=1),
+      ((0, 0), (0, 0), (0, MAX_BATCH - plan.batch), (0, 0)),
     ),
     norms=packed["norms"].reshape(shapes["norms"][0]),
     w_qkv=packed["qkv"],

@@ -37,7 +37,10 @@ _NEXT_TILE = Case(_LAYER, 1, 128, (TILE,))
 # Longer than the ring has slots.
 _LONG_STREAM = Case(TINY, 1, 64, (2,))
 _LAST_SLOT = Case(_LAYER, 1, 64, (63,))
-_IDLE = Case(_LAYER, 1, 64, (2, 0), (True, False))
+# The tokens after these are not the same ones.
+_UNTIED = dataclasses.replace(_LAYER, tie_word_embeddings=False)
+_OTHER_TOKEN = Case(_UNTIED, 1, 64, (2,))
+_IDLE = Case(_UNTIED, 1, 64, (2, 0), (True, False))
 _TWO_CTAS = Case(_LAYER, 2, 64, (2,))
 _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 # Uneven runs, groups of fewer units than most.
@@ -186,16 +189,21 @@ def _merge_nothing(self, item, stamp):
 
 def _other_angles(operands):
   """Turns by the angles of the position after."""
-  cos, sin = operands["angles"][0]
+  now = operands["progress"][steps.CLOCK, 0]
+  cos, sin = operands["angles"][now]
   half = cos.shape[1]
   step = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, :]
   return operands | dict(
-    angles=jnp.stack(
-      [
-        cos * jnp.cos(step) - sin * jnp.sin(step),
-        sin * jnp.cos(step) + cos * jnp.sin(step),
-      ]
-    )[None]
+    angles=operands["angles"]
+    .at[now]
+    .set(
+      jnp.stack(
+        [
+          cos * jnp.cos(step) - sin * jnp.sin(step),
+          sin * jnp.cos(step) + cos * jnp.sin(step),
+        ]
+      )
+    )
   )
 
 
@@ -227,9 +235,14 @@ def _shift_choice(self, stamp):
   kernel.Cta.choose(self, stamp)
 
 
-def _positions_stay(self, b, chosen):
-  kernel.Cta.proceed(self, b, chosen)
-  self.next_progress[steps.POSITIONS, b] = self.positions[b]
+def _stay(row):
+  """Leaves a row of `progress` as it was."""
+
+  def proceed(self, b, chosen):
+    kernel.Cta.proceed(self, b, chosen)
+    self.next_progress[row, b] = self.progress[row, b]
+
+  return _instead(proceed=proceed)
 
 
 def _count_nothing(self, num):
@@ -327,9 +340,8 @@ _FAULTS = {
   "the angles of the first step": _Fault(
     _FEW_KEYS, "new rows", _in("load_angles", None, step=lambda x: x - 1)
   ),
-  "positions are not advanced": _Fault(
-    _FEW_KEYS, "positions", _instead(proceed=_positions_stay)
-  ),
+  "tokens stay": _Fault(_OTHER_TOKEN, "next ids", _stay(steps.TOKEN_IDS)),
+  "positions stay": _Fault(_FEW_KEYS, "positions", _stay(steps.POSITIONS)),
   "a full cache ends nothing": _Fault(
     _LAST_SLOT, "activity", _in("proceed", None, plan=_one_slot_more)
   ),

@@ -90,7 +90,13 @@ def test_what_lies_beyond_the_position_is_never_used():
 # ---- several steps ---------------------------------------------------------
 
 # They end by a token, have ended, fill the cache, go on.
-_FOUR_ENDS = Case(TINY, 2, 64, (3, 0, 63, 5), (True, False, True, True))
+_FOUR_ENDS = Case(
+  # The tokens after these are not the same ones.
+  dataclasses.replace(TINY, tie_word_embeddings=False),
+  *(2, 64),
+  positions=(3, 0, 63, 5),
+  active=(True, False, True, True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,7 @@ def test_steps_follow_each_other(two_steps):
   ids = first["progress"][0, :4]
   assert ids[0] == eos
   assert (ids[2:] != eos).all()
+  assert (ids[[0, 2, 3]] != before[0, [0, 2, 3]]).all()
   assert ids[1] == before[0, 1]
   _expect_progress(first, [ids, [0, 0, 0, 6], [0, 0, 0, 1]], (1, 2))
   last = second["progress"][0, 3]
