@@ -43,11 +43,9 @@ class Activations(CtaBase):
     width = self.plan.block_chunks(matmul) * CHUNK_COLS
 
     def sequence(b: Index) -> None:
-      words.receive(
-        self.words,
+      wanted = words.Wanted(
         self.x,
         first + b * row_words,
-        stamp,
         row_words=width // 2,
         num_rows=SEGMENTS,
         source_stride=segment // 2,
@@ -56,6 +54,7 @@ class Activations(CtaBase):
         valid=None if self._whole(matmul, valid) else valid // 2,
         tiled=True,
       )
+      words.receive(self.words, stamp, wanted)
 
     fori(0, self.plan.batch, sequence)
 

@@ -24,7 +24,7 @@ from pallas_kernels.layouts import (
   repeat_rows,
   rows_layout,
 )
-from pallas_kernels.plan import ATTENTION, MASKED
+from pallas_kernels.plan import ATTENTION, MASKED, PARTS_AT_ONCE
 from pallas_kernels.schedule import split_of
 from pallas_kernels.stream import Stream
 
@@ -103,7 +103,15 @@ class AttentionPhase(Stream):
       @pl.when(split == 0)
       def _() -> None:
         with self.span("finish"):
-          fori(0, num_splits - 1, lambda j: self.merge(item + 1 + j, stamp))
+          fori(
+            0,
+            (num_splits - 1 + PARTS_AT_ONCE - 1) // PARTS_AT_ONCE,
+            lambda n: self.merge(
+              item + 1 + n * PARTS_AT_ONCE,
+              jnp.minimum(num_splits - 1 - n * PARTS_AT_ONCE, PARTS_AT_ONCE),
+              stamp,
+            ),
+          )
           self.send_attended(b, head, stamp)
 
     return i + jnp.maximum(end - first, 0) * slots_per_tile
@@ -116,24 +124,21 @@ class AttentionPhase(Stream):
     first, row_words = self.plan.exchanges["qkv"]
     head_words = g.head_dim // 2
     row = first + b * row_words
-    words.receive(
-      self.words,
+    queries = words.Wanted(
       self.q,
       row + head * g.group * head_words,
-      stamp,
       row_words=head_words,
       num_rows=g.group,
       tiled=True,
     )
-    words.receive(
-      self.words,
+    new = words.Wanted(
       self.new,
       row + (g.num_attention_heads + head) * head_words,
-      stamp,
       row_words=head_words,
       num_rows=2,
       source_stride=g.num_key_value_heads * head_words,
     )
+    words.receive(self.words, stamp, queries, new)
     # `wgmma` and bulk stores read what has been received.
     plgpu.commit_smem()
 
@@ -247,27 +252,38 @@ class AttentionPhase(Stream):
         cache.at[layer, b, head, pl.ds(position, 1)],
       )
 
-  def merge(self, item: Index, stamp: Index) -> None:
-    """Adds another part of the same head's keys to `state`."""
+  def merge(self, item: Index, num_parts: Index, stamp: Index) -> None:
+    """Adds the next parts of the same head's keys to `state`, in their order."""
     first, row_words = self.plan.exchanges["parts"]
     group = self.geometry.group
     words.receive(
       self.words,
-      self.part,
-      first + item * row_words,
       stamp,
-      row_words=row_words // group,
-      num_rows=group,
+      words.Wanted(
+        self.part,
+        first + item * row_words,
+        row_words=row_words // group,
+        num_rows=PARTS_AT_ONCE * group,
+        valid=num_parts * row_words,
+      ),
     )
-    ours, theirs = self.pieces(self.state), self.pieces(self.part)
-    most = jnp.maximum(ours[0], theirs[0])
-    shrink_ours, shrink_theirs = (jnp.exp(x[0] - most) for x in (ours, theirs))
-    merged = [
-      x * shrink_ours + y * shrink_theirs
-      for x, y in zip(ours[1:], theirs[1:], strict=True)
-    ]
-    for n, value in enumerate((most, *merged)):
-      mosaic.store(self.state.at[:, pl.ds(n * _HALF, _HALF)], value)
+
+    def add(j: Index) -> None:
+      # Rows after the group's are the next part's, and mean nothing here.
+      part = self.part.at[pl.ds(j * group, 8)]
+      ours, theirs = self.pieces(self.state), self.pieces(part)
+      most = jnp.maximum(ours[0], theirs[0])
+      shrink_ours, shrink_theirs = (
+        jnp.exp(x[0] - most) for x in (ours, theirs)
+      )
+      merged = [
+        x * shrink_ours + y * shrink_theirs
+        for x, y in zip(ours[1:], theirs[1:], strict=True)
+      ]
+      for n, value in enumerate((most, *merged)):
+        mosaic.store(self.state.at[:, pl.ds(n * _HALF, _HALF)], value)
+
+    fori(0, num_parts, add)
 
   def pieces(self, state: Ref) -> list[jax.Array]:
     """Returns maximum, sum and weighted values, each `[8, 32]`, of a state."""

@@ -309,28 +309,29 @@ def _run_send(
 
 
 def _run_receive(
-  what: words.Receive,
+  what: tuple[words.Receive, ...],
   run: _Threads,
   refs: Sequence[Any],
   scalars: Sequence[int],
 ) -> None:
-  _, target = refs
-  first, column, offset_bytes, stamp = scalars
-  t = np.arange(what.num_pairs)
-  wants_a, wants_b, word, _ = what.place(t, column)
-  index = first + np.stack([word, word + 1], 1).ravel()
-  wanted = np.stack([wants_a, wants_b], 1).ravel()
-  payload = np.zeros(len(index), np.uint32)
-  payload[wanted] = run.words.receive(
-    index[wanted], stamp, run.memory.check_failed, run.where
-  )
-  shape, dtype = target[2], target[3]
-  values = payload.view(dtype).reshape(what.num_rows, -1)
-  if len(shape) == 1:
-    run.write(target, (0,), values.ravel())
-    return
-  row = offset_bytes // (shape[1] * dtype.itemsize)
-  run.write(target, (row, 0), values)
+  stamp, *rest = scalars
+  for n, (one, target) in enumerate(zip(what, refs[1:], strict=True)):
+    first, column, offset_bytes, valid = rest[4 * n : 4 * n + 4]
+    t = np.arange(one.num_pairs)
+    wants_a, wants_b, word, _ = one.place(t, column, valid)
+    index = first + np.stack([word, word + 1], 1).ravel()
+    wanted = np.stack([wants_a, wants_b], 1).ravel()
+    payload = np.zeros(len(index), np.uint32)
+    payload[wanted] = run.words.receive(
+      index[wanted], stamp, run.memory.check_failed, run.where
+    )
+    shape, dtype = target[2], target[3]
+    values = payload.view(dtype).reshape(one.num_rows, -1)
+    if len(shape) == 1:
+      run.write(target, (0,), values.ravel())
+      continue
+    row = offset_bytes // (shape[1] * dtype.itemsize)
+    run.write(target, (row, 0), values)
 
 
 def _run_take(
@@ -363,7 +364,7 @@ def _run_patch(
 
 _PROGRAMS: dict[Any, Callable[..., None]] = {
   words.Send: _run_send,
-  words.Receive: _run_receive,
+  tuple: _run_receive,
   words.Take: _run_take,
   words.Patch: _run_patch,
 }

@@ -351,16 +351,17 @@ class MatmulPhases(Stream, Activations):
         plgpu.broadcasted_iota(I32, (width,), 0, layout=strided) < plan.num_ctas
       )
       for b in range(plan.batch):
-        for n in range(2):
-          words.receive(
-            self.words,
+        wanted = [
+          words.Wanted(
             self.candidates.at[n],
             first + (n * plan.batch + b) * row_words,
-            stamp,
             row_words=width,
             num_rows=1,
             valid=plan.num_ctas,
           )
+          for n in range(2)
+        ]
+        words.receive(self.words, stamp, *wanted)
         logit, index = (
           plgpu.load(self.candidates.at[n], layout=strided, optimized=False)
           for n in range(2)

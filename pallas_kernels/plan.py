@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import tuning
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
@@ -56,6 +57,8 @@ _REDUCTION_BYTES = 2048
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
 INSTEAD_OF_X = ("state", "part", "attended", "candidates")
+# Parts of a head's keys of which the results are loaded together.
+PARTS_AT_ONCE = 4
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -72,6 +75,7 @@ class Plan:
     batch: B.
     capacity: S.
     num_ctas: P.
+    in_flight: chunks that a CTA has asked memory for at most, see `tuning`.
   """
 
   geometry: Geometry
@@ -79,6 +83,7 @@ class Plan:
   batch: int
   capacity: int
   num_ctas: int
+  in_flight: int
 
   @property
   def splits(self) -> int:
@@ -165,16 +170,19 @@ class Plan:
 
 
 def make_plan(
-  geometry: Geometry, batch: int, capacity: int, num_ctas: int
+  geometry: Geometry,
+  batch: int,
+  capacity: int,
+  num_ctas: int,
+  in_flight: int = tuning.IN_FLIGHT,
 ) -> Plan:
   """Plans the step of a model for a batch, a capacity and a number of CTAs.
 
   Raises:
     UnsupportedError: if shared memory leaves too little for the stream.
   """
-  plan = Plan(
-    geometry, make_schedule(geometry, num_ctas), batch, capacity, num_ctas
-  )
+  schedule = make_schedule(geometry, num_ctas)
+  plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(
       f"hidden_size={geometry.hidden_size} with batch {batch} on {num_ctas} CTAs"
@@ -241,6 +249,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   g, b = plan.geometry, plan.batch
   f32, bf16 = jnp.float32, jnp.bfloat16
   own_rows = round_up(plan.schedule.o.run * UNIT_ROWS, GROUP_ROWS)
+  parts = PARTS_AT_ONCE * g.group + 8 if plan.splits > 1 else 8
   # Pairs of a group may begin anywhere in a head and end in the next.
   angles = g.head_dim // 2 + GROUP_ROWS // 2
   return dict(
@@ -255,7 +264,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     state=((8, g.head_dim + TILE), f32),
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),
-    part=((8, g.head_dim + TILE), f32),
+    part=((parts, g.head_dim + TILE), f32),
     best=((2 * b, GROUP_ROWS), f32),
     candidates=((2, plan.candidate_cols), f32),
   )

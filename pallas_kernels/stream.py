@@ -32,6 +32,16 @@ class Stream(CtaBase):
       with self.span("ring_full"):
         plgpu.barrier_wait(self.consumed.at[slot])
 
+    # Nor are more chunks asked for than it takes to keep memory busy: what is
+    # asked for later, by this CTA or another, waits behind them, and the words
+    # that CTAs exchange are among it. An earlier chunk has arrived.
+    if self.plan.in_flight < self.plan.num_slots:
+
+      @pl.when(i >= self.plan.in_flight)
+      def _() -> None:
+        earlier = lax.rem(i - self.plan.in_flight, I32(self.plan.num_slots))
+        plgpu.barrier_wait(self.produced.at[earlier])
+
     return slot
 
   def load_halves(self, i: Index, upper: Ref, lower: Ref) -> Index:
@@ -125,10 +135,15 @@ class Stream(CtaBase):
     i = self.stream_weights(i, self.w_lm_head, s.lm_head)
 
     # Every completion of a barrier must be awaited.
-    def drain(j: Index) -> None:
-      plgpu.barrier_wait(self.consumed.at[lax.rem(j, I32(plan.num_slots))])
+    def drain(barrier: Ref, num_chunks: int) -> None:
+      def wait(j: Index) -> None:
+        plgpu.barrier_wait(barrier.at[lax.rem(j, I32(plan.num_slots))])
 
-    fori(jnp.maximum(i - plan.num_slots, 0), i, drain)
+      fori(jnp.maximum(i - num_chunks, 0), i, wait)
+
+    if plan.in_flight < plan.num_slots:
+      drain(self.produced, plan.in_flight)
+    drain(self.consumed, plan.num_slots)
 
   def consume(self, i: Index, use: Callable[[Ref], None]) -> Index:
     """Hands the stream's chunk i to `use`, then frees its slot."""

@@ -38,7 +38,7 @@ _THREADS = 128
 _WORD_BYTES = 8
 _PAYLOAD_BYTES = 4
 # A pair of words is loaded at once; so many pairs are before any is looked at.
-_MOST_IN_FLIGHT = 8
+_MOST_IN_FLIGHT = 16
 # A tile of 8 rows of 128 bytes, in which 16 bytes c of row r are at c xor r.
 _TILE_ROW_BYTES = 128
 _TILE_BYTES = 8 * _TILE_ROW_BYTES
@@ -120,8 +120,7 @@ class Receive:
     num_rows: rows.
     row_words: words of a row that are wanted, an even number.
     source_stride: words from row to row in device memory.
-    valid: words that are ever sent, counted from the first row's first one;
-      for the others the payload is 0. None if all are.
+    masked: whether some of these words are never sent; the payload is 0 then.
     target_stride: payloads from row to row in shared memory, or None if it is
       an operand of `wgmma`.
   """
@@ -129,7 +128,7 @@ class Receive:
   num_rows: int
   row_words: int
   source_stride: int
-  valid: int | None
+  masked: bool
   target_stride: int | None
 
   @property
@@ -137,12 +136,13 @@ class Receive:
     """Pairs of words."""
     return self.num_rows * self.row_words // 2
 
-  def place(self, t: Any, column: Any) -> tuple[Any, Any, Any, Any]:
+  def place(self, t: Any, column: Any, valid: Any) -> tuple[Any, Any, Any, Any]:
     """Says what one thread does in one turn.
 
     Args:
       t: which pair of words, an integer or an array of them.
       column: word of a row from which on they are wanted.
+      valid: how many words are ever sent, from the first row's first one on.
 
     Returns:
       Whether the first word of the pair is waited for, whether the second is,
@@ -153,10 +153,10 @@ class Receive:
     i = i * 2
     word = row * self.source_stride + column + i
     first = second = row < self.num_rows
-    if self.valid is not None:
+    if self.masked:
       inside = column + i < self.source_stride
-      first = first & inside & (word < self.valid)
-      second = second & inside & (word + 1 < self.valid)
+      first = first & inside & (word < valid)
+      second = second & inside & (word + 1 < valid)
     if self.target_stride is not None:
       return (
         first,
@@ -225,39 +225,69 @@ def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
   _run(what, [target, source], [], _scalars(0, start, count, 0))
 
 
-def receive(
-  words: Ref,
-  target: Ref,
-  first: Index,
-  stamp: Index,
-  *,
-  row_words: int,
-  num_rows: int,
-  source_stride: int = 0,
-  column: Index = 0,
-  offset_bytes: Index = 0,
-  valid: int | None = None,
-  tiled: bool = False,
-) -> None:
-  """Waits for words and stores their payloads.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """Words that are waited for, and where they go.
 
-  Args:
-    words: all words.
+  Attributes:
     target: in shared memory.
     first: the first row's first word.
-    stamp: what the words must bear.
     row_words: see `Receive`.
     num_rows: likewise.
     source_stride: likewise; 0 if rows follow each other.
     column: word of each row from which on they are wanted.
     offset_bytes: where in `target` to begin.
-    valid: see `Receive`.
+    valid: how many words are ever sent, from the first row's first one on; the
+      payload of others is 0. None if all are.
     tiled: whether `target` is an operand of `wgmma`.
   """
-  stride = None if tiled else row_words
-  what = Receive(num_rows, row_words, source_stride or row_words, valid, stride)
-  refs = ([words], [target]) if tiled else ([words, target], [])
-  _run(what, *refs, _scalars(first, column, offset_bytes, stamp))
+
+  target: Ref
+  first: Index
+  row_words: int
+  num_rows: int
+  source_stride: int = 0
+  column: Index = 0
+  offset_bytes: Index = 0
+  valid: Index | None = None
+  tiled: bool = False
+
+  @property
+  def what(self) -> Receive:
+    """The program that brings them."""
+    return Receive(
+      self.num_rows,
+      self.row_words,
+      self.source_stride or self.row_words,
+      self.valid is not None,
+      None if self.tiled else self.row_words,
+    )
+
+
+def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
+  """Waits for words and stores their payloads; all loads are under way at once.
+
+  Args:
+    words: all words.
+    stamp: what those that are wanted must bear.
+    *wanted: which ones.
+  """
+  # Plain refs come before tiled ones.
+  wanted = tuple(sorted(wanted, key=lambda w: w.tiled))
+  plain = [w.target for w in wanted if not w.tiled]
+  tiled = [w.target for w in wanted if w.tiled]
+  scalars = [
+    x
+    for w in wanted
+    for x in (
+      w.first,
+      w.column,
+      w.offset_bytes,
+      0 if w.valid is None else w.valid,
+    )
+  ]
+  what = tuple(w.what for w in wanted)
+  _run(what, [words, *plain], tiled, _scalars(stamp, *scalars))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +388,7 @@ def patch(
 
 
 def _run(
-  what: Send | Receive | Take | Patch,
+  what: Send | tuple[Receive, ...] | Take | Patch,
   refs: Sequence[Ref],
   tiled: Sequence[Ref],
   scalars: Sequence[jax.Array],
@@ -366,7 +396,7 @@ def _run(
   """Emits a program for the threads of the warpgroup."""
   emitters: dict[type, Callable[..., None]] = {
     Send: _emit_send,
-    Receive: _emit_receive,
+    tuple: _emit_receive,
     Take: _emit_take,
     Patch: _emit_patch,
   }
@@ -427,32 +457,34 @@ def _emit_send(
     )
 
 
-def _emit_receive(
-  what: Receive,
-  words: Any,
-  target: Any,
-  first: Any,
-  column: Any,
-  offset_bytes: Any,
-  stamp: Any,
-) -> None:
-  turns = _turns(what.num_pairs)
-  # Without this, every thread has something to do in every turn.
-  masked = what.valid is not None or what.num_pairs % _THREADS != 0
-  for begin in range(0, len(turns), _MOST_IN_FLIGHT):
+def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
+  targets, stamp = args[: len(what)], args[len(what)]
+  places = []
+  for n, (one, target) in enumerate(zip(what, targets, strict=True)):
+    at = len(what) + 1 + 4 * n
+    first, column, offset_bytes, valid = args[at : at + 4]
+    # Without this, every thread has something to do in every turn.
+    masked = one.masked or one.num_pairs % _THREADS != 0
+    for t in _turns(one.num_pairs):
+      wants_a, wants_b, word, byte = one.place(t, column, valid)
+      addresses = (
+        words.plus(first + word, _WORD_BYTES),
+        target.plus(byte + offset_bytes, 1),
+      )
+      flags = (wants_a, wants_b, t < one.num_pairs) if masked else ()
+      places.append((addresses, flags))
+  for begin in range(0, len(places), _MOST_IN_FLIGHT):
     operands = [stamp]
     declare, load, check, store = [], [], [], []
-    for n, t in enumerate(turns[begin : begin + _MOST_IN_FLIGHT]):
-      wants_a, wants_b, word, at = what.place(t, column)
+    for n, (addresses, flags) in enumerate(
+      places[begin : begin + _MOST_IN_FLIGHT]
+    ):
       k = len(operands)
-      operands += [
-        words.plus(first + word, _WORD_BYTES),
-        target.plus(at + offset_bytes, 1),
-      ]
+      operands += addresses
       inside = ""
       declare.append(f".reg .b64 a{n}, b{n}; .reg .b32 x{n}, y{n}, s{n}, t{n};")
-      if masked:
-        operands += [wants_a, wants_b, t < what.num_pairs]
+      if flags:
+        operands += flags
         declare.append(f".reg .pred p{n}, q{n}, in{n};")
         declare.append(
           f"setp.ne.b32 p{n}, ${k + 2}, 0; setp.ne.b32 q{n}, ${k + 3}, 0;"
@@ -469,7 +501,7 @@ def _emit_receive(
         f"mov.b64 {{x{n}, s{n}}}, a{n}; mov.b64 {{y{n}, t{n}}}, b{n};"
         f" xor.b32 s{n}, s{n}, $0; xor.b32 t{n}, t{n}, $0;"
       )
-      if masked:
+      if flags:
         check.append(f"@!p{n} mov.b32 s{n}, 0; @!q{n} mov.b32 t{n}, 0;")
         # A row's second word may never come, and its payload is 0.
         check.append(f"@!p{n} mov.b32 x{n}, 0; @!q{n} mov.b32 y{n}, 0;")
