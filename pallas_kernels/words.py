@@ -1,22 +1,24 @@
 """How CTAs hand results to each other: words that carry their own stamp.
 
 A word is 8 bytes of device memory: 4 of payload, two bfloat16 or one float32,
-and the stamp, the number of the layer that it belongs to, from 1 on and through
-all steps since words were zero. It is written and read whole, by a relaxed access of the scope of the GPU; who waits for a
-result reads its words until they bear the stamp. No access is ordered with any
-other, and none needs to be: each word proves that it has come (PTX ISA, "Memory
-Consistency Model": a scalar access of 64 bits is single-copy atomic, and
-relaxed ones by two threads are morally strong). So there is neither a fence,
-which would wait for the bulk loads that are under way, nor a counter.
+and the stamp, the number of the layer that it belongs to, counted from 1 through
+all steps since words were zero. It is written and read whole, by a relaxed access
+of the scope of the GPU; who waits for a result reads its words until they bear
+the stamp. No access is ordered with any other, and none needs to be: each word
+proves that it has come (PTX ISA, "Memory Consistency Model": a scalar access of
+64 bits is single-copy atomic, and relaxed ones by two threads are morally
+strong). So there is neither a fence, which would wait for the bulk loads that
+are under way, nor a counter.
 
-Words are written again in the next layer. By then all who read them have: every word of a layer depends on all of the last one's `output`,
-that on all of `hidden`, that on all of `middle`, that on all of `attended`, and
-each head's part of `attended` on its queries, keys, values and `parts`. Whoever
-reads any of these makes something of it that it sends, the last of it after its
-last read. So every reader of a layer's words is upstream of every writer of the
-next layer's. Of the last layer's words, and of `candidates`, which bear the same
-stamp, the readers are those of this launch, and it ends before the next one
-begins; nothing needs to be zero in between.
+Words are written again in the next layer. By then all who read them have: every
+word of a layer depends on all of the last one's `output`, that on all of
+`hidden`, that on all of `middle`, that on all of `attended`, and each head's part
+of `attended` on its queries, keys, values and `parts`. Whoever reads any of these
+makes something of it that it sends, the last of it after its last read. So every
+reader of a layer's words is upstream of every writer of the next layer's. The
+words of a step's last layer, and `candidates`, which bear the same stamp, are
+written again in the next launch, which begins when this one has ended. Nothing
+needs to be zero in between.
 
 These are programs of single threads, which Pallas has no words for: each takes
 refs whole and scalars that say where. `interpreter` runs what they mean.

@@ -182,7 +182,7 @@ def _tiles_for(more):
   return _in("attention_item", None, positions=lambda x: _Plus(x, more))
 
 
-def _merge_nothing(self, item, stamp):
+def _merge_nothing(self, item, num_parts, stamp):
   # As if there had been no such part.
   pass
 
