@@ -7,6 +7,7 @@ reference. Which one runs depends on nothing that is traced.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ from ffjax.errors import RequestError
 from ffjax.model import Llama
 from ffjax.packed import PackedParams
 from ffjax.params import Model
-from pallas_kernels import geometry
-from pallas_kernels.plan import make_plan
+from pallas_kernels import geometry, steps
+from pallas_kernels.plan import Plan, make_plan
 
 
 class StepOutput(NamedTuple):
@@ -40,7 +41,24 @@ class StepOutput(NamedTuple):
   greedy_ids: jax.Array | None = None
 
 
+class StepsOutput(NamedTuple):
+  """What several steps return.
+
+  Attributes:
+    token_ids: `[B]` int32, the newest token of each sequence.
+    active: `[B]` bool.
+    cache: the cache, longer by what has been emitted.
+    emitted: `[T, B]` int32, new tokens, -1 where there is none.
+  """
+
+  token_ids: jax.Array
+  active: jax.Array
+  cache: KVCache
+  emitted: jax.Array
+
+
 Step = Callable[[Model, jax.Array, jax.Array, KVCache], StepOutput]
+GreedySteps = Callable[..., StepsOutput]
 Missing = Callable[[Model | None, KVCache | None], str | None]
 
 
@@ -56,12 +74,17 @@ class Implementation:
       only; None for either leaves that out.
     step: `step(model, token_ids, active, cache)` with token ids `[B]` int32
       and `active` `[B]` bool.
+    greedy_steps: `greedy_steps(model, token_ids, active, cache, num_steps, *,
+      max_steps, eos_token_ids)`, so many steps, each of which takes the most
+      likely tokens, or as many as it takes until all sequences have ended;
+      `max_steps` is T and static. None if that is best made of single steps.
   """
 
   name: str
   dtype: Callable[[Model], np.dtype]
   missing: Missing
   step: Step
+  greedy_steps: GreedySteps | None = None
 
 
 def reference_hidden(
@@ -100,18 +123,21 @@ def _reference_step(
   return StepOutput(reference_logits(model, hidden[:, 0]), cache)
 
 
+def _fused_plan(model: Model, cache: KVCache) -> tuple[Plan, PackedParams]:
+  params = model.params
+  assert isinstance(params, PackedParams)  # `resolve` has seen to it.
+  _, batch, _, capacity, _ = cache.k.shape
+  geometry = packed.geometry_of(model.config)
+  return make_plan(geometry, batch, capacity, params.num_ctas), params
+
+
 def _fused_step(
   model: Model, token_ids: jax.Array, active: jax.Array, cache: KVCache
 ) -> StepOutput:
   # Not above: older versions of JAX lack what it imports.
   from pallas_kernels import kernel
 
-  params = model.params
-  assert isinstance(params, PackedParams)  # `resolve` has seen to it.
-  _, batch, _, capacity, _ = cache.k.shape
-  plan = make_plan(
-    packed.geometry_of(model.config), batch, capacity, params.num_ctas
-  )
+  plan, params = _fused_plan(model, cache)
   cos, sin = rope.cos_sin(model.config, cache.lengths)
   logits, greedy_ids, k, v = kernel.step(
     plan,
@@ -126,6 +152,50 @@ def _fused_step(
   )
   lengths = cache.lengths + active.astype(jnp.int32)
   return StepOutput(logits, KVCache(k=k, v=v, lengths=lengths), greedy_ids)
+
+
+def _fused_greedy_steps(
+  model: Model,
+  token_ids: jax.Array,
+  active: jax.Array,
+  cache: KVCache,
+  num_steps: jax.Array,
+  *,
+  max_steps: int,
+  eos_token_ids: tuple[int, ...],
+) -> StepsOutput:
+  from pallas_kernels import kernel
+
+  plan, params = _fused_plan(model, cache)
+  steps_on = jnp.arange(max_steps, dtype=jnp.int32)[:, None]
+  cos, sin = rope.cos_sin(model.config, cache.lengths[None] + steps_on)
+  operands = steps.operands(
+    plan,
+    params.operands(),
+    token_ids,
+    cache.lengths,
+    active,
+    cos,
+    sin,
+    jnp.minimum(num_steps, max_steps),
+    cache.k,
+    cache.v,
+  )
+  launch = functools.partial(kernel.launch, plan, eos_token_ids=eos_token_ids)
+  last = steps.run(launch, plan.batch, operands)
+  emitted = last["emitted"][:, : plan.batch]
+  num_emitted = jnp.sum(emitted >= 0, axis=0, dtype=jnp.int32)
+  token_ids_after, _, active_after, _ = last["progress"][:, : plan.batch]
+  return StepsOutput(
+    token_ids=jnp.where(active, token_ids_after, token_ids),
+    active=active_after > 0,
+    cache=KVCache(
+      k=last["k_cache"],
+      v=last["v_cache"],
+      lengths=cache.lengths + num_emitted,
+    ),
+    emitted=emitted,
+  )
 
 
 def _machine_lacks() -> str | None:
@@ -218,6 +288,7 @@ _IMPLEMENTATIONS = {
       dtype=lambda model: model.dtype,
       missing=_fused_missing,
       step=_fused_step,
+      greedy_steps=_fused_greedy_steps,
     ),
   )
 }

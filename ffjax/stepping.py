@@ -29,7 +29,8 @@ _SCORES_BYTES = 256 * 2**20
 _MAX_CHUNK = 512
 
 # Steps between two looks at whether all sequences have finished, on a GPU, where
-# each look is a wait for the host.
+# each look is a wait for the host. An implementation's own steps look as they
+# like.
 _STEPS_PER_LOOK = 8
 
 # Emitted for a sequence that has ended.
@@ -272,7 +273,8 @@ def decode_steps(
   """Runs steps until all sequences have finished, as one device loop.
 
   Jitted; donates `state`. On a GPU the loop looks every few steps whether all
-  have finished; those that it runs too many change nothing.
+  have finished; those that it runs too many change nothing. If the choice is
+  greedy and nothing else, an implementation may have a loop of its own.
 
   Args:
     model: the model.
@@ -287,6 +289,27 @@ def decode_steps(
     The last state, and the new tokens `[B, max_steps]` int32, -1 where there
     is none.
   """
+  greedy_steps = resolve(implementation, model, state.cache).greedy_steps
+  if (
+    greedy_steps is not None
+    and sampling.greedy
+    and not sampling.remembers
+    and state.seen is None
+  ):
+    out = greedy_steps(
+      model,
+      state.token_ids,
+      ~state.finished,
+      state.cache,
+      jnp.int32(num_steps),
+      max_steps=max_steps,
+      eos_token_ids=model.config.eos_token_ids if stop_on_eos else (),
+    )
+    state = dataclasses.replace(
+      state, cache=out.cache, token_ids=out.token_ids, finished=~out.active
+    )
+    return state, out.emitted.T
+
   Carry = tuple[jax.Array, DecodeState, jax.Array]
   new_tokens = jnp.full(
     (state.token_ids.shape[0], max_steps), NO_TOKEN, jnp.int32

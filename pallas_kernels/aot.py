@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import kernel, mosaic, times
-from pallas_kernels.plan import Plan, operand_shapes
+from pallas_kernels.plan import CHANGED, Plan, operand_shapes
 
 # Where Mosaic writes what it and ptxas make of a kernel.
 _DUMP = "MOSAIC_GPU_DUMP_TO"
@@ -146,31 +146,27 @@ def compile_for_hopper(
 
 
 def compile_step(plan: Plan, *, timed: bool = False) -> Report:
-  """Compiles the decode step of a plan as `kernel.step` launches it.
+  """Compiles the decode step of a plan as `kernel.launch` does it.
 
   Args:
     plan: sizes and schedule.
     timed: whether it counts where its time goes, see `times`.
   """
-  shapes = dict(operand_shapes(plan))
-  if timed:
-    counters = ((plan.num_ctas, *times.SHAPE), jnp.int32)
-    shapes = {"times": counters, **shapes}
-  launch = kernel.make_step(plan, timed=timed)
-  refs = [
-    i
-    for i, name in enumerate(shapes)
-    if name in ("times", "words", "k_cache", "v_cache")
-  ]
+  shapes = operand_shapes(plan)
+  counters = ((plan.num_ctas, *times.SHAPE), jnp.int32)
+  of_times = [counters] if timed else []
 
-  def step(*operands: jax.Array) -> list[jax.Array]:
-    args: list[Any] = list(operands)
-    for i in refs:
-      args[i] = jax.new_ref(args[i])
-    logits, next_ids = launch(*args)
-    return [logits, next_ids, *(jax.freeze(args[i]) for i in refs)]
+  def step(*args: jax.Array) -> Any:
+    operands = dict(zip(shapes, args[len(of_times) :], strict=True))
+    if not timed:
+      return kernel.launch(plan, operands)
+    times_ref = jax.new_ref(args[0])
+    out = kernel.launch(plan, operands, times_ref=times_ref)
+    return out, jax.freeze(times_ref)
 
-  return compile_for_hopper(step, *shapes.values(), donate=refs)
+  changed = [i for i, name in enumerate(shapes) if name in CHANGED]
+  donate = [len(of_times) + i for i in changed]
+  return compile_for_hopper(step, *of_times, *shapes.values(), donate=donate)
 
 
 def _report(folder: pathlib.Path, compile_s: float) -> Report:

@@ -35,8 +35,16 @@ _HALF = TILE // 2
 class AttentionPhase(Stream):
   """Scores, softmax, values, and the new entries of the cache."""
 
-  def attention_item(self, item: Index, i: Index, layer: Index) -> Index:
+  def attention_item(
+    self, item: Index, i: Index, layer: Index, stamp: Index
+  ) -> Index:
     """Attends from one sequence's new token to a part of its keys.
+
+    Args:
+      item: which sequence, KV head and part.
+      i: index in the stream.
+      layer: whose keys.
+      stamp: of what it sends and receives.
 
     Returns:
       The stream's next index.
@@ -52,7 +60,7 @@ class AttentionPhase(Stream):
     @pl.when(first < end)
     def _() -> None:
       with self.span("fill"):
-        self.receive_new(b, head, layer + 1)
+        self.receive_new(b, head, stamp)
       zero = plgpu.layout_cast(jnp.zeros((TILE, 8), F32), _WGMMA)
       with self.span("multiply"):
         most, total, *out = lax.fori_loop(
@@ -87,7 +95,7 @@ class AttentionPhase(Stream):
           self.state,
           0,
           h + TILE,
-          layer + 1,
+          stamp,
           num_rows=self.geometry.group,
           target_stride=h + TILE,
         )
@@ -101,10 +109,10 @@ class AttentionPhase(Stream):
             lambda n: self.merge(
               item + 1 + n * PARTS_AT_ONCE,
               jnp.minimum(num_splits - 1 - n * PARTS_AT_ONCE, PARTS_AT_ONCE),
-              layer + 1,
+              stamp,
             ),
           )
-          self.send_attended(b, head, layer + 1)
+          self.send_attended(b, head, stamp)
 
     return i + jnp.maximum(end - first, 0) * slots_per_tile
 

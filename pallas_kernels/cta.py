@@ -1,14 +1,18 @@
 """What one CTA of the kernel knows: its refs, its share."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels import times
 from pallas_kernels.layouts import I32, Index, Ref
 from pallas_kernels.plan import QKV, Plan
+from pallas_kernels.steps import ACTIVE, CLOCK, POSITIONS, TOKEN_IDS, advance
 
 
 class CtaBase:
@@ -21,7 +25,7 @@ class CtaBase:
 
   table: Ref
   num_layers: Index
-  sequences: Ref
+  progress: Ref
   angles: Ref
   norms: Ref
   w_qkv: Ref
@@ -30,13 +34,14 @@ class CtaBase:
   w_down: Ref
   w_lm_head: Ref
   embedding: Ref
+  emitted: Ref
   words: Ref
   k_cache: Ref
   v_cache: Ref
 
   times: Ref | None = None
   logits: Ref
-  next_ids: Ref
+  next_progress: Ref
 
   ring: Ref
   x: Ref
@@ -60,19 +65,59 @@ class CtaBase:
   # Which phase is being traced.
   phase: int = QKV
 
-  def __init__(self, plan: Plan, refs: dict[str, Any]):
+  def __init__(
+    self, plan: Plan, eos_token_ids: tuple[int, ...], refs: dict[str, Any]
+  ):
     self.plan = plan
+    self.eos_token_ids = eos_token_ids
     self.geometry = plan.geometry
     vars(self).update(refs)
     self.cta = lax.axis_index("cta")
     self.token_ids, self.positions, self.active = (
-      self.sequences.at[n] for n in range(3)
+      self.progress.at[n] for n in (TOKEN_IDS, POSITIONS, ACTIVE)
     )
+    # Steps since words were zero, and how many there may be.
+    self.step, self.max_steps = (self.progress[CLOCK, n] for n in range(2))
     # The scalar prefetch: all that steers the stream, read once.
     self.runs = {
       matmul.name: tuple(self.table[self.cta, i, j] for j in range(2))
       for i, matmul in enumerate(plan.schedule.matmuls)
     }
+
+  def goes_on(self) -> Index:
+    """Says whether there is anything to do in this launch."""
+    active = (self.active[b] > 0 for b in range(self.plan.batch))
+    return functools.reduce(operator.or_, active) & (self.step < self.max_steps)
+
+  def stay(self) -> None:
+    """Hands the progress on as it is."""
+    for b in range(self.plan.batch):
+      for row in (TOKEN_IDS, POSITIONS, ACTIVE):
+        self.next_progress[row, b] = self.progress[row, b]
+    self.tick(0)
+
+  def proceed(self, b: int, chosen: Index) -> None:
+    """Takes a sequence to its next token."""
+    token_id, position, active = advance(
+      self.token_ids[b],
+      self.positions[b],
+      self.active[b],
+      chosen,
+      self.plan.capacity,
+      self.eos_token_ids,
+    )
+    self.next_progress[TOKEN_IDS, b] = token_id
+    self.next_progress[POSITIONS, b] = position
+    self.next_progress[ACTIVE, b] = active
+
+    @pl.when(self.active[b] > 0)
+    def _() -> None:
+      self.emitted[self.step, b] = chosen
+
+  def tick(self, steps: int) -> None:
+    """Counts steps."""
+    self.next_progress[CLOCK, 0] = self.step + steps
+    self.next_progress[CLOCK, 1] = self.max_steps
 
   def span(self, kind: str) -> contextlib.AbstractContextManager[None]:
     """Counts the cycles of what is traced inside, if that is asked for."""

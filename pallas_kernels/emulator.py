@@ -45,6 +45,7 @@ from pallas_kernels.plan import (
   operand_shapes,
 )
 from pallas_kernels.schedule import Matmul, split_of
+from pallas_kernels.steps import CLOCK, advance
 
 _BF16 = np.dtype(jnp.bfloat16)
 # Chunks that are multiplied at once.
@@ -73,6 +74,8 @@ class Trace:
     k_cache: `[L, B, K, S, H]` bfloat16, with the new key of active sequences
       in each layer whose attention has run.
     v_cache: likewise, of values.
+    progress: `[4, 8]` int32, where the sequences stand next, see `steps`.
+    emitted: `[T, 8]` int32, with this step's row.
   """
 
   residual: np.ndarray
@@ -83,14 +86,17 @@ class Trace:
   next_ids: np.ndarray
   k_cache: np.ndarray
   v_cache: np.ndarray
+  progress: np.ndarray
+  emitted: np.ndarray
 
 
 def run(
   plan: Plan,
   operands: Mapping[str, Any],
   stop_after: tuple[int, int] | None = None,
+  eos_token_ids: tuple[int, ...] = (),
 ) -> Trace:
-  """Runs one step, or the beginning of one.
+  """Runs one step, or the beginning of one; or nothing, if nothing is to do.
 
   Args:
     plan: model, batch, capacity and CTAs.
@@ -98,13 +104,14 @@ def run(
       the kernel, it is `num_layers` that says how many layers run.
     stop_after: layer and phase; None for the whole step. LM_HEAD counts as the
       last layer's.
+    eos_token_ids: tokens that end a sequence.
 
   Raises:
     ValueError: if operands do not have the plan's shapes and dtypes, a token
       or position is out of range, there is no such layer and phase, or the
       kernel would never finish with this table.
   """
-  step = _Step(plan, operands)
+  step = _Step(plan, operands, eos_token_ids)
   phases = list(step.phases())
   if stop_after is not None:
     if stop_after not in phases:
@@ -117,7 +124,7 @@ def run(
 
 def _check_operands(plan: Plan, operands: Mapping[str, np.ndarray]) -> None:
   g = plan.geometry
-  expected = operand_shapes(plan)
+  expected = operand_shapes(plan, len(operands.get("emitted", ())))
   if set(operands) != set(expected):
     raise ValueError(
       f"operands differ: {sorted(set(operands) ^ set(expected))}"
@@ -131,11 +138,14 @@ def _check_operands(plan: Plan, operands: Mapping[str, np.ndarray]) -> None:
       )
   if plan.capacity % TILE:
     raise ValueError(f"capacity={plan.capacity} is not a multiple of {TILE}")
-  token_ids, positions, _ = operands["sequences"][:, : plan.batch]
+  token_ids, positions, _, _ = operands["progress"][:, : plan.batch]
+  step, max_steps = operands["progress"][CLOCK, :2]
   for name, values, limit in (
     ("token_ids", token_ids, g.vocab_size),
     ("positions", positions, plan.capacity),
     ("num_layers", operands["num_layers"], g.num_hidden_layers + 1),
+    ("step", step, max_steps + 1),
+    ("max_steps", max_steps, len(operands["emitted"]) + 1),
   ):
     if not ((values >= 0) & (values < limit)).all():
       raise ValueError(f"{name}={values.tolist()} is not in [0, {limit})")
@@ -266,7 +276,12 @@ class _Step:
   NaN.
   """
 
-  def __init__(self, plan: Plan, operands: Mapping[str, Any]):
+  def __init__(
+    self,
+    plan: Plan,
+    operands: Mapping[str, Any],
+    eos_token_ids: tuple[int, ...],
+  ):
     self._plan, self._geometry = plan, plan.geometry
     ops = {name: np.asarray(x) for name, x in operands.items()}
     _check_operands(plan, ops)
@@ -274,12 +289,18 @@ class _Step:
     self._num_layers = int(ops["num_layers"][0])
     self._k_cache = ops["k_cache"].copy()
     self._v_cache = ops["v_cache"].copy()
+    self._progress, self._emitted = (
+      ops["progress"].copy(),
+      ops["emitted"].copy(),
+    )
+    self._eos_token_ids = eos_token_ids
 
     def unpublished(*shape: int) -> np.ndarray:
       return np.full(shape, np.nan, np.float32)
 
     g, rows = plan.geometry, MAX_BATCH
-    self._token_ids, self._positions, self._active = ops["sequences"]
+    self._token_ids, self._positions, self._active, clock = ops["progress"]
+    self._now, self._max_steps = clock[:2].tolist()
     self._residual = unpublished(2, rows, g.hidden_rows)
     self._qkv = unpublished(rows, g.num_qkv_heads, g.head_dim)
     self._attended = unpublished(rows, g.attention_size)
@@ -290,6 +311,9 @@ class _Step:
 
   def phases(self) -> Iterator[tuple[int, int]]:
     """Yields layer and phase in the order in which they run."""
+    active = self._active[: self._plan.batch].any()
+    if not active or self._now >= self._max_steps:
+      return
     for layer in range(self._num_layers):
       for phase in (QKV, ATTENTION, O_PROJ, GATE_UP, DOWN):
         yield layer, phase
@@ -307,6 +331,8 @@ class _Step:
       next_ids=self._next_ids[:batch],
       k_cache=self._k_cache,
       v_cache=self._v_cache,
+      progress=self._progress,
+      emitted=self._emitted,
     )
 
   def run_phase(self, layer: int, phase: int) -> None:
@@ -403,7 +429,7 @@ class _Step:
     half = g.head_dim // 2
     pairs = sums.reshape(MAX_BATCH, -1, 2)
     head, i = np.divmod(row // 2 + np.arange(pairs.shape[1]), half)
-    cos, sin = self._ops["angles"][:, :, i]
+    cos, sin = self._ops["angles"][self._now][:, :, i]
     # Values are turned by the angle 0.
     turned = head < g.num_attention_heads + g.num_key_value_heads
     cos, sin = np.where(turned, cos, 1), np.where(turned, sin, 0)
@@ -429,6 +455,20 @@ class _Step:
     # the best of their rows and then of each other.
     real = self._logits[:, : self._geometry.vocab_size]
     self._next_ids = np.argmax(real, axis=1).astype(np.int32)
+    sequences = advance(
+      self._token_ids,
+      self._positions,
+      self._active,
+      self._next_ids,
+      self._plan.capacity,
+      self._eos_token_ids,
+    )
+    self._progress[:CLOCK] = sequences
+    self._progress[CLOCK, 0] += 1
+    active = self._active[: self._plan.batch] > 0
+    self._emitted[self._now, : len(active)][active] = self._next_ids[
+      : len(active)
+    ][active]
 
   def _attention(self, layer: int) -> None:
     """Runs all items of attention, each of one sequence, KV head and split."""

@@ -159,58 +159,66 @@ def _install() -> None:
 
 @dataclasses.dataclass
 class _Words:
-  """The words of one launch; their stamps start at zero.
+  """The words, in device memory, from where the next launch has them.
 
   Attributes:
-    changed: guards the rest.
-    stamps: by index.
-    payloads: likewise, bits.
+    array: `[words, 2]` int32, bits of a word as they are on the device.
+    stamps: of the words that this launch has sent, by index.
+    changed: guards both.
   """
 
+  array: np.ndarray
+  stamps: dict[int, int] = dataclasses.field(default_factory=dict)
   changed: threading.Condition = dataclasses.field(
     default_factory=threading.Condition
   )
-  stamps: dict[int, int] = dataclasses.field(default_factory=dict)
-  payloads: dict[int, int] = dataclasses.field(default_factory=dict)
 
   def send(self, index: np.ndarray, payload: np.ndarray, stamp: int) -> None:
-    """Writes words."""
+    """Writes words; payloads are unsigned, of 4 or 8 bytes."""
+    bits = np.empty((len(index), 2), np.int32)
+    if payload.itemsize == 8:
+      bits[:] = _stamped(payload, stamp).view(np.int32).reshape(-1, 2)
+    else:
+      bits[:, 0], bits[:, 1] = payload.view(np.int32), stamp
     with self.changed:
-      for i, value in zip(index.tolist(), payload.tolist(), strict=True):
+      for i, value in zip(index.tolist(), bits, strict=True):
         if self.stamps.get(i, 0) >= stamp:
           raise RuntimeError(
             f"word {i} has stamp {self.stamps[i]} and is sent with {stamp}"
           )
-        self.stamps[i], self.payloads[i] = stamp, value
+        self.array[i], self.stamps[i] = value, stamp
       self.changed.notify_all()
 
   def receive(
     self,
     index: np.ndarray,
     stamp: int,
-    one_bit: bool,
+    payload_bytes: int,
     check: Callable[[], None],
     where: str,
-  ) -> list[int]:
+  ) -> np.ndarray:
     """Waits for words and returns their payloads.
 
     Args:
       index: which ones.
       stamp: that they must bear.
-      one_bit: whether all that can be seen of a stamp is its lowest bit.
+      payload_bytes: of a word.
       check: raises when the wait has become pointless.
       where: location of the wait, for the error.
 
     Raises:
-      RuntimeError: they do not come, or others are taken for them.
+      RuntimeError: they do not come, or others would be taken for them.
     """
     give_up = time.monotonic() + DEADLOCK_S
-    wanted = index.tolist()
+    in_band = payload_bytes == 8
     with self.changed:
       while True:
-        others = [i for i in wanted if self.stamps.get(i, 0) != stamp]
+        others = [i for i in index.tolist() if self.stamps.get(i, 0) != stamp]
         if not others:
-          return [self.payloads.get(i, 0) for i in wanted]
+          bits = self.array[index]
+          if in_band:
+            return _unstamped(bits.view(np.uint64).ravel())
+          return np.ascontiguousarray(bits[:, 0]).view(np.uint32)
         i = others[0]
         found = self.stamps.get(i, 0)
         if found > stamp:
@@ -218,7 +226,8 @@ class _Words:
             f"word {i} has been written again: it is at stamp {found}, awaited"
             f" is {stamp}, {where}"
           )
-        if one_bit and found % 2 == stamp % 2:
+        seen = self.array[i, 0] >> words.STAMP_BIT if in_band else None
+        if seen is not None and seen % 2 == stamp % 2:
           raise RuntimeError(
             f"word {i} is at stamp {found} and is taken for {stamp}, {where}"
           )
@@ -231,14 +240,37 @@ class _Words:
         self.changed.wait(_POLL_S)
 
 
+def _stamped(payload: np.ndarray, stamp: int) -> np.ndarray:
+  """Puts one bit of a stamp into four bfloat16 each, see `words`."""
+  sign_and_rest = payload & ~np.uint64(0x7FFF)
+  first = payload & np.uint64(0x7FFF)
+  top = first >> np.uint64(words.STAMP_BIT)
+  first = np.where(top == 0, np.uint64(0), first)
+  first = np.where(top == 3, np.uint64(0x7FFF), first)
+  first &= ~np.uint64(1 << words.STAMP_BIT)
+  return sign_and_rest | first | np.uint64(stamp % 2 << words.STAMP_BIT)
+
+
+def _unstamped(bits: np.ndarray) -> np.ndarray:
+  """Undoes `_stamped`, but for what is too small or too large."""
+  bit = np.uint64(1 << words.STAMP_BIT)
+  first = bits & np.uint64(0x7FFF) & ~bit
+  first |= ~(first >> np.uint64(1)) & bit
+  first = np.where(first == words.SMALLEST, np.uint64(0), first)
+  first = np.where(first == words.LARGEST, np.uint64(0x7FFF), first)
+  return (bits & ~np.uint64(0x7FFF)) | first
+
+
 _words_lock = threading.Lock()
 
 
-def _words_of(memory: Any) -> _Words:
+def _words_of(memory: Any, ref: Any) -> _Words:
+  key = _private().callbacks.HostAllocationKey.from_array(ref[0])
   # One shared memory is one launch.
   with _words_lock:
     if not hasattr(memory, "_ffjax_words"):
-      memory._ffjax_words = _Words()
+      # Past the race detector, to which words are no accesses.
+      memory._ffjax_words = _Words(memory.mem[key].content)
     return memory._ffjax_words
 
 
@@ -246,13 +278,24 @@ class _Threads:
   """A warpgroup that runs a program, with what it may touch."""
 
   def __init__(
-    self, token: Any, mesh_location: Any, thread: Any, where: str, source: Any
+    self,
+    token: Any,
+    mesh_location: Any,
+    thread: Any,
+    where: str,
+    source: Any,
+    first_ref: Any,
   ):
     self._token, self._mesh, self._thread = token, mesh_location, thread
     self._source = source
     self.where = f"{where}, {thread}"
     self.memory = _private().callbacks._get_shared_memory()
-    self.words = _words_of(self.memory)
+    self._first_ref = first_ref
+
+  @property
+  def words(self) -> _Words:
+    """The words, for programs whose first ref they are."""
+    return _words_of(self.memory, self._first_ref)
 
   def _at(self, ref: Any, begins: Sequence[int], sizes: Sequence[int]) -> Any:
     jx = _private()
@@ -331,7 +374,7 @@ def _run_receive(
       payload[wanted] = run.words.receive(
         index[wanted],
         stamp,
-        one.payload_bytes == 8,
+        one.payload_bytes,
         run.memory.check_failed,
         run.where,
       )
@@ -429,11 +472,11 @@ def _run_words(
   where: str,
   source: Any,
 ) -> Any:
-  run = _Threads(token, mesh_location, thread, where, source)
   refs = [
     (key, tuple(t), *kind)
     for key, t, kind in zip(keys, transforms, kinds, strict=True)
   ]
+  run = _Threads(token, mesh_location, thread, where, source, refs[0])
   _PROGRAMS[type(what)](what, run, refs, [int(x) for x in scalars])
   return token
 

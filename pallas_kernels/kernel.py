@@ -5,8 +5,9 @@ chunks of every matrix, and the keys and values it attends to, into a ring of
 shared-memory slots; it runs ahead of everything, bounded only by free slots.
 The compute warpgroup follows the same order and multiplies.
 
-CTAs exchange activations through device memory, see `words`. Nothing that is
-read by a bulk load is written before it in the same launch. All CTAs must be on
+CTAs exchange activations through device memory, see `words`. Nothing else that
+is read is written before in the same launch: where the sequences stand is one
+array, and where they stand next is another, see `steps`. All CTAs must be on
 the device at once: two steps must not run at the same time on one GPU.
 
 Axis letters: L layers, B batch, D width, N query heads, K KV heads, G = N / K,
@@ -18,17 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, times
+from pallas_kernels import mosaic, steps, times
 from pallas_kernels.attention import AttentionPhase
 from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, SWIZZLED, Index, rows_layout
 from pallas_kernels.matmul import MatmulPhases
 from pallas_kernels.plan import (
+  CHANGED,
   GROUP_ROWS,
   INSTEAD_OF_X,
   QKV,
@@ -36,6 +37,7 @@ from pallas_kernels.plan import (
   operand_shapes,
   scratch_shapes,
 )
+from pallas_kernels.steps import Operands
 
 # What `wgmma` reads from shared memory, beside the ring.
 _OPERANDS = ("x", "q", "p")
@@ -47,13 +49,14 @@ class Cta(MatmulPhases, AttentionPhase):
   def load_angles(self) -> None:
     """Copies the angles to shared memory, the first ones again at the end."""
     width = GROUP_ROWS // 2
+    angles = self.angles.at[self.step]
     num = self.cos_sin.shape[2] // width
     for n in range(2):
       for j in range(num):
-        at = j * width % self.angles.shape[2]
+        at = j * width % angles.shape[2]
         for b in range(self.plan.batch):
           values = plgpu.load(
-            self.angles.at[n, b, pl.ds(at, width)],
+            angles.at[n, b, pl.ds(at, width)],
             layout=rows_layout(width).reduce(0),
             optimized=False,
           )
@@ -62,6 +65,9 @@ class Cta(MatmulPhases, AttentionPhase):
   def compute(self) -> None:
     """Follows the stream through all phases of the step."""
     g, s = self.geometry, self.plan.schedule
+    # Stamps count layers through all steps.
+    before = self.step * self.num_layers
+    after = before + self.num_layers
     self.load_angles()
 
     def fill_normed(name: str, norm: Index, stamp: Index) -> None:
@@ -70,7 +76,7 @@ class Cta(MatmulPhases, AttentionPhase):
       plgpu.commit_smem()
 
     def layer_step(layer: Index, i: Index) -> Index:
-      stamp = layer + 1
+      stamp = before + layer + 1
 
       def fill_qkv(block: Index) -> None:
         del block
@@ -78,7 +84,7 @@ class Cta(MatmulPhases, AttentionPhase):
         # The first layer's is there.
         @pl.when(layer > 0)
         def _() -> None:
-          fill_normed("output", 2 * layer, layer)
+          fill_normed("output", 2 * layer, stamp - 1)
 
       i = self.matmul(
         i,
@@ -87,7 +93,9 @@ class Cta(MatmulPhases, AttentionPhase):
         functools.partial(self.finish_qkv, stamp),
         follows=True,
       )
-      i = self.for_items(lambda item, i: self.attention_item(item, i, layer), i)
+      i = self.for_items(
+        lambda item, i: self.attention_item(item, i, layer, stamp), i
+      )
 
       def fill_o(block: Index) -> None:
         self.receive_x("attended", s.o, g.attention_size, block, stamp)
@@ -124,10 +132,10 @@ class Cta(MatmulPhases, AttentionPhase):
     self.matmul(
       i,
       s.lm_head,
-      lambda _: fill_normed("output", 2 * self.num_layers, self.num_layers),
+      lambda _: fill_normed("output", 2 * self.num_layers, after),
       self.finish_lm_head,
     )
-    self.choose()
+    self.choose(after)
     # The new keys and values are in the cache.
     plgpu.wait_smem_to_gmem(0)
 
@@ -135,6 +143,7 @@ class Cta(MatmulPhases, AttentionPhase):
 def make_step(
   plan: Plan,
   *,
+  eos_token_ids: tuple[int, ...] = (),
   interpret: Any = None,
   as_cluster: bool = False,
   timed: bool = False,
@@ -144,6 +153,7 @@ def make_step(
 
   Args:
     plan: sizes and schedule.
+    eos_token_ids: tokens that end a sequence.
     interpret: parameters of Pallas' GPU interpreter, or None for the GPU.
     as_cluster: whether the CTAs form one cluster, which is what the interpreter
       runs concurrently, rather than a grid.
@@ -152,16 +162,17 @@ def make_step(
     cta_class: what runs on each CTA; tests put faults in.
 
   Returns:
-    A function of the operands of `operand_shapes`, in that order, the caches and
-    `words` as `jax.Ref`s: it extends the caches in place, and `words` are zero
-    before. It returns logits `[B, V]` float32 (V padded) and the greedy choice
-    `[8]` int32.
+    A function of the operands of `operand_shapes`, in that order, those of
+    `CHANGED` as `jax.Ref`s. It returns logits `[B, V]` float32 (V padded) and
+    the next `progress`. If no sequence is active, or there have been as many
+    steps as there may be, it changes nothing, `progress` is as it was, and the
+    logits have no meaning.
   """
   g, p = plan.geometry, plan.num_ctas
   names = [*(["times"] if timed else []), *operand_shapes(plan)]
   out_types = dict(
     logits=((plan.batch, g.vocab_rows), F32),
-    next_ids=((8,), I32),
+    next_progress=operand_shapes(plan)["progress"],
   )
   arrays = {
     name: plgpu.SMEM(
@@ -186,14 +197,15 @@ def make_step(
     refs["num_layers"] = refs["num_layers"][0]
     (refs["x"],), others = refs.pop("x_or_instead")
     refs.update(zip(INSTEAD_OF_X, others, strict=True))
-    cta = cta_class(plan, refs)
+    cta = cta_class(plan, eos_token_ids, refs)
     wg = lax.axis_index("wg")
+    goes_on = cta.goes_on()
 
-    @pl.when(wg == 1)
+    @pl.when((wg == 1) & goes_on)
     def _memory_wg() -> None:
       cta.produce()
 
-    @pl.when(wg == 0)
+    @pl.when((wg == 0) & goes_on)
     def _compute_wg() -> None:
       if interpret is None:
         mosaic.keep_plain(*(refs[name] for name in plain))
@@ -201,6 +213,10 @@ def make_step(
       with cta.span("step"), cta.span("step_ns"):
         cta.compute()
       times.count_sm(cta.times, cta.cta)
+
+    @pl.when((wg == 0) & (cta.cta == 0) & ~goes_on)
+    def _nothing_to_do() -> None:
+      cta.stay()
 
   axis: dict[str, Any] = dict(grid=(p,), grid_names=("cta",))
   if as_cluster:
@@ -219,6 +235,36 @@ def make_step(
   )
 
 
+def launch(
+  plan: Plan,
+  operands: Operands,
+  *,
+  times_ref: Any = None,
+  **kwargs: Any,
+) -> tuple[jax.Array, Operands]:
+  """Launches the kernel once; to be called under `jax.jit`.
+
+  Args:
+    plan: sizes and schedule.
+    operands: those of `operand_shapes`; what is changed is donated.
+    times_ref: a `jax.Ref` for `times`, or None.
+    **kwargs: for `make_step`.
+
+  Returns:
+    Logits `[B, V]` float32 (V padded), without a meaning if there was nothing
+    to do, and the operands that are others for the next launch.
+  """
+  timed = times_ref is not None
+  refs = {name: jax.new_ref(operands[name]) for name in CHANGED}
+  args = operands | refs
+  logits, progress = make_step(plan, timed=timed, **kwargs)(
+    *([times_ref] if timed else []),
+    *(args[name] for name in operand_shapes(plan)),
+  )
+  changed = {name: jax.freeze(ref) for name, ref in refs.items()}
+  return logits, {"progress": progress, **changed}
+
+
 def step(
   plan: Plan,
   packed: dict[str, jax.Array],
@@ -235,10 +281,9 @@ def step(
 
   Args:
     plan: sizes and schedule.
-    packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (the
-      LM head if tied) and `norms`, see `packing`.
+    packed: see `steps.operands`.
     token_ids: `[B]` int32.
-    positions: `[B]` int32, tokens in the cache so far, below S.
+    positions: `[B]` int32, tokens in the cache so far, below S where active.
     active: `[B]` bool; the caches of other sequences are left alone.
     cos: `[B, H / 2]` float32, of the positions.
     sin: likewise.
@@ -247,40 +292,25 @@ def step(
     times_ref: a `jax.Ref` for `times`, or None.
 
   Returns:
-    Logits `[B, V]` float32, the greedy choice `[B]` int32, and the caches.
+    Logits `[B, V]` float32, the greedy choice `[B]` int32, and the caches. What
+    is said of inactive sequences has no meaning, nor has anything if all are.
   """
-  g = plan.geometry
-  missing = 8 - plan.batch
-  # Few arrays: each costs a launch of its own.
-  sequences = jnp.stack(
-    [
-      jnp.clip(token_ids, 0, g.vocab_size - 1),
-      jnp.where(active, positions, 0),
-      active.astype(I32),
-    ]
+  operands = steps.operands(
+    plan,
+    packed,
+    token_ids,
+    positions,
+    active,
+    cos[None],
+    sin[None],
+    1,
+    k_cache,
+    v_cache,
   )
-  angles = jnp.stack([cos, sin])
-  k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-  logits, next_ids = make_step(plan, timed=times_ref is not None)(
-    *([] if times_ref is None else [times_ref]),
-    jnp.asarray(plan.schedule.table()),
-    jnp.full((1,), g.num_hidden_layers, I32),
-    jnp.pad(sequences, ((0, 0), (0, missing))),
-    jnp.pad(angles, ((0, 0), (0, missing), (0, 0))),
-    packed["norms"].reshape(operand_shapes(plan)["norms"][0]),
-    packed["qkv"],
-    packed["o"],
-    packed["gate_up"],
-    packed["down"],
-    packed["lm_head"],
-    packed["embedding"],
-    jax.new_ref(jnp.zeros((plan.num_words, 2), I32)),
-    k_ref,
-    v_ref,
-  )
+  logits, changed = launch(plan, operands, times_ref=times_ref)
   return (
-    logits[:, : g.vocab_size],
-    next_ids[: plan.batch],
-    jax.freeze(k_ref),
-    jax.freeze(v_ref),
+    logits[:, : plan.geometry.vocab_size],
+    changed["progress"][steps.TOKEN_IDS, : plan.batch],
+    changed["k_cache"],
+    changed["v_cache"],
   )

@@ -324,8 +324,8 @@ class MatmulPhases(Stream, Activations):
     fori(0, self.plan.batch, sequence)
     words.put(self.results_f32, self.logits, row, num_rows)
 
-  def choose(self) -> None:
-    """Takes the largest logit, the first of equals."""
+  def choose(self, stamp: Index) -> None:
+    """Takes the largest logit, the first of equals, as the next token."""
     g, plan = self.geometry, self.plan
     first, row_words = plan.exchanges["candidates"]
     none = F32(g.vocab_size)
@@ -350,7 +350,7 @@ class MatmulPhases(Stream, Activations):
       self.best,
       self.cta,
       1,
-      1,
+      stamp,
       target_stride=row_words,
       row_payloads=1,
     )
@@ -373,7 +373,7 @@ class MatmulPhases(Stream, Activations):
           )
           for n in range(2)
         ]
-        words.receive(self.words, 1, *wanted)
+        words.receive(self.words, stamp, *wanted)
         logit, index = (
           plgpu.load(self.candidates.at[n], layout=strided, optimized=False)
           for n in range(2)
@@ -384,4 +384,5 @@ class MatmulPhases(Stream, Activations):
         chosen = jnp.min(jnp.where(real & (logit == top), index, last))
         # In range even if no logit is a number.
         chosen = jnp.maximum(jnp.minimum(chosen, last), F32(0))
-        self.next_ids[b] = chosen.astype(I32)
+        self.proceed(b, chosen.astype(I32))
+      self.tick(1)

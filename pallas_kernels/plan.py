@@ -19,6 +19,7 @@ from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
   CHUNK_ROWS,
+  MAX_BATCH,
   SEGMENTS,
   TILE,
   UNIT_ROWS,
@@ -38,6 +39,9 @@ from pallas_kernels.schedule import (
 NUM_PHASES = 6
 QKV, ATTENTION, O_PROJ, GATE_UP, DOWN, LM_HEAD = range(NUM_PHASES)
 PHASE_OF = dict(qkv=QKV, o=O_PROJ, gate_up=GATE_UP, down=DOWN, lm_head=LM_HEAD)
+
+# Operands that are `jax.Ref`s.
+CHANGED = ("emitted", "words", "k_cache", "v_cache")
 
 # Units whose results are finished together.
 GROUP_UNITS = 8
@@ -191,14 +195,24 @@ def make_plan(
   return plan
 
 
-def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
+def operand_shapes(
+  plan: Plan, max_steps: int = 1
+) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Returns shape and dtype of each operand, in the order of the arguments.
 
-  `sequences` has token ids, positions (0 of inactive sequences) and whether a
-  sequence is active, `angles` the cosines and the sines of the positions; of 8
-  sequences, those beyond B without a meaning. `norms` holds
-  each layer's `input_layernorm` and `post_attention_layernorm`, then the final
-  norm, padded with zeros. `words` is zero, see there.
+  `progress` says where the sequences stand, see `steps`. `angles` has for each
+  step the cosines and the sines of the positions that active sequences then
+  have; of 8 sequences, those beyond B without a meaning. `norms` holds each
+  layer's `input_layernorm` and `post_attention_layernorm`, then the final norm,
+  padded with zeros.
+
+  The kernel changes those of `CHANGED` in place: to the caches, it adds a row;
+  to the tokens `emitted`, a row per step; `words` are zero before the first
+  step, and for the next one what the last one has left.
+
+  Args:
+    plan: sizes and schedule.
+    max_steps: T, how many steps may follow each other.
   """
   g, s = plan.geometry, plan.schedule
 
@@ -214,8 +228,8 @@ def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   return dict(
     table=((plan.num_ctas, 5, 2), jnp.int32),
     num_layers=((1,), jnp.int32),
-    sequences=((3, 8), jnp.int32),
-    angles=((2, 8, g.head_dim // 2), jnp.float32),
+    progress=((4, MAX_BATCH), jnp.int32),
+    angles=((max_steps, 2, MAX_BATCH, g.head_dim // 2), jnp.float32),
     norms=(
       (2 * n + 1, SEGMENTS, g.padded_hidden_size // SEGMENTS),
       jnp.float32,
@@ -226,6 +240,7 @@ def operand_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     w_down=packed(s.down, n),
     w_lm_head=packed(s.lm_head),
     embedding=packed(s.lm_head),
+    emitted=((max_steps, MAX_BATCH), jnp.int32),
     words=((plan.num_words, 2), jnp.int32),
     k_cache=cache,
     v_cache=cache,

@@ -1,24 +1,27 @@
 """How CTAs hand results to each other: words that carry their own stamp.
 
-A word is 8 bytes of device memory. It holds a float32 and its stamp, or four
-bfloat16 of which the first has the stamp's lowest bit in place of its second
-exponent bit, see `_STAMP_BIT`. It is written and read whole, by a relaxed access
+A word is 8 bytes of device memory. It holds a float32 and its stamp, the number
+of the layer that it belongs to, counted from 1 through all steps since words were
+zero; or four bfloat16 of which the first has the stamp's lowest bit in place of its second
+exponent bit, see `STAMP_BIT`. It is written and read whole, by a relaxed access
 of the scope of the GPU; who waits for a result reads its words until they bear
 the stamp. No access is ordered with any other, and none needs to be: each word
 proves that it has come (PTX ISA, "Memory Consistency Model": a scalar access of
 64 bits is single-copy atomic, and relaxed ones by two threads are morally
 strong). So there is neither a fence, which would wait for the bulk loads that
 are under way, nor a counter. One bit is enough of a stamp, since every word is
-written once in each layer and whoever wants one has seen the layer's before: it
-holds that or the one that is wanted.
+written once in each layer, and whoever wants one has seen the layer's before, or
+that was in an earlier launch: it holds that or the one that is wanted.
 
-Words are zero at launch, and are written again in the next layer. By then all who
-read them have: every word of a layer depends on all of the last one's `output`,
-that on all of `hidden`, that on all of `middle`, that on all of `attended`, and
-each head's part of `attended` on its queries, keys, values and `parts`. Whoever
-reads any of these makes something of it that it sends, the last of it after its
-last read. So every reader of a layer's words is upstream of every writer of the
-next layer's.
+Words are written again in the next layer. By then all who read them have: every
+word of a layer depends on all of the last one's `output`, that on all of
+`hidden`, that on all of `middle`, that on all of `attended`, and each head's part
+of `attended` on its queries, keys, values and `parts`. Whoever reads any of these
+makes something of it that it sends, the last of it after its last read. So every
+reader of a layer's words is upstream of every writer of the next layer's. The
+words of a step's last layer, and `candidates`, which bear the same stamp, are
+written again in the next launch, which begins when this one has ended. Nothing
+needs to be zero in between.
 
 These are programs of single threads, which Pallas has no words for: each takes
 refs whole and scalars that say where. `interpreter` runs what they mean.
@@ -55,9 +58,9 @@ _SWIZZLED_BYTES = 16
 # Where the first of four bfloat16 has the stamp. The highest exponent bit, one
 # to the left, tells what this one was: the other, for all from 2^-63 to 2^65.
 # Less becomes 0; more, infinity and NaN become NaN.
-_STAMP_BIT = 13
-_STAMP = 1 << _STAMP_BIT
-_SMALLEST, _LARGEST = 0x2000, 0x5FFF
+STAMP_BIT = 13
+_STAMP = 1 << STAMP_BIT
+SMALLEST, LARGEST = 0x2000, 0x5FFF
 
 
 def _swizzled_byte(row: Any, byte: Any) -> Any:
@@ -579,7 +582,7 @@ def _bit_of(stamp: Any) -> Any:
 
 def _make_room(x: str) -> str:
   """Returns PTX that clears the stamp's bit of x, and what it would not bear."""
-  outside = 3 << _STAMP_BIT
+  outside = 3 << STAMP_BIT
   return (
     f"and.b32 m, {x}, {outside}; setp.eq.u32 e, m, 0;"
     f" @e and.b32 {x}, {x}, 0xFFFF8000;"
@@ -594,9 +597,9 @@ def _take_out(x: str) -> str:
   return (
     f"shr.u32 m, {x}, 1; not.b32 m, m; and.b32 m, m, {_STAMP};"
     f" and.b32 {x}, {x}, {~_STAMP & 0xFFFFFFFF}; or.b32 {x}, {x}, m;"
-    f" and.b32 m, {x}, 0x7FFF; setp.eq.u32 e, m, {_SMALLEST};"
+    f" and.b32 m, {x}, 0x7FFF; setp.eq.u32 e, m, {SMALLEST};"
     f" @e and.b32 {x}, {x}, 0xFFFF8000;"
-    f" setp.eq.u32 e, m, {_LARGEST}; @e or.b32 {x}, {x}, 0x7FFF;"
+    f" setp.eq.u32 e, m, {LARGEST}; @e or.b32 {x}, {x}, 0x7FFF;"
   )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import interpreter, kernel, packing
+from pallas_kernels import interpreter, kernel, packing, words
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.plan import make_plan, operand_shapes
 
@@ -96,6 +96,14 @@ class Step:
   v_cache: jax.Array
 
 
+def cos_sin(geometry, positions):
+  h = geometry.head_dim
+  angles = jnp.array(positions, _F32)[:, None] * (
+    10000.0 ** (-jnp.arange(0, h, 2, dtype=_F32) / h)[None, :]
+  )
+  return jnp.cos(angles), jnp.sin(angles)
+
+
 def make_step(case):
   g, keys = case.geometry, iter(jax.random.split(jax.random.key(0), 20))
   layers, d, f = g.num_hidden_layers, g.hidden_size, g.intermediate_size
@@ -113,9 +121,7 @@ def make_step(case):
 
   batch = len(case.positions)
   cache = (layers, batch, kv_heads, case.capacity, h)
-  angles = jnp.array(case.positions, _F32)[:, None] * (
-    10000.0 ** (-jnp.arange(0, h, 2, dtype=_F32) / h)[None, :]
-  )
+  cos, sin = cos_sin(g, case.positions)
   embedding = normal(g.vocab_size, d).astype(_BF16)
   return Step(
     q=matrix(layers, heads * h, d),
@@ -128,9 +134,9 @@ def make_step(case):
     embedding=embedding,
     lm_head=embedding if g.tie_word_embeddings else matrix(g.vocab_size, d),
     norms=1 + normal(2 * layers + 1, d, scale=0.1),
-    token_ids=jnp.array([g.vocab_size - 3, 3][:batch], jnp.int32),
-    cos=jnp.cos(angles),
-    sin=jnp.sin(angles),
+    token_ids=jnp.array([g.vocab_size - 3, 3, 50, 77][:batch], jnp.int32),
+    cos=cos,
+    sin=sin,
     k_cache=normal(*cache).astype(_BF16),
     v_cache=normal(*cache).astype(_BF16),
   )
@@ -186,8 +192,18 @@ def reference(case, s):
   return _dot("bd,vd->bv", y, s.lm_head), jnp.stack(new_k), jnp.stack(new_v)
 
 
+def progress_of(token_ids, positions, active, step, max_steps):
+  """Says where sequences stand, as the kernel takes it."""
+  rows = (token_ids, positions, active, (step, max_steps))
+  rows = [np.asarray(x, np.int32) for x in rows]
+  return jnp.asarray(np.stack([np.pad(x, (0, 8 - len(x))) for x in rows]))
+
+
 def pack(case, plan, s):
-  """Lays the operands out as the kernel takes them."""
+  """Lays the operands out as the kernel takes them, for the second of two steps.
+
+  Words are as the first one might have left them; its angles are NaN.
+  """
   g, m = case.geometry, plan.schedule
   batch = len(case.positions)
 
@@ -195,19 +211,16 @@ def pack(case, plan, s):
     return jnp.pad(x, [(0, 0), (0, 8 - batch)] + [(0, 0)] * (x.ndim - 2))
 
   qkv = jnp.concatenate([s.q, s.k, s.v], 1)
+  angles = rows(jnp.stack([s.cos, s.sin]))
+  last_step = np.full((plan.num_words, 2), g.num_hidden_layers, np.int32)
+  # Of four bfloat16, that is zeros with the stamp's bit, and NaN.
+  in_band = g.num_hidden_layers % 2 << words.STAMP_BIT
+  last_step[:, 0] = np.float32(np.nan).view(np.int32) | in_band
   operands = dict(
     table=jnp.asarray(m.table()),
     num_layers=jnp.full((1,), g.num_hidden_layers, jnp.int32),
-    sequences=rows(
-      jnp.stack(
-        [
-          s.token_ids,
-          jnp.array(case.positions, jnp.int32),
-          jnp.array(case.active, jnp.int32),
-        ]
-      )
-    ),
-    angles=rows(jnp.stack([s.cos, s.sin])),
+    progress=progress_of(s.token_ids, case.positions, case.active, 1, 2),
+    angles=jnp.stack([jnp.full_like(angles, jnp.nan), angles]),
     norms=jnp.pad(
       s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))
     ).reshape(operand_shapes(plan)["norms"][0]),
@@ -217,11 +230,12 @@ def pack(case, plan, s):
     w_down=packing.pack_matrix(m.down, s.down),
     w_lm_head=packing.pack_matrix(m.lm_head, s.lm_head),
     embedding=packing.pack_matrix(m.lm_head, s.embedding),
-    words=jnp.zeros((plan.num_words, 2), jnp.int32),
+    emitted=jnp.full((2, 8), -1, jnp.int32),
+    words=jnp.asarray(last_step),
     k_cache=s.k_cache,
     v_cache=s.v_cache,
   )
-  expected = operand_shapes(plan)
+  expected = operand_shapes(plan, 2)
   assert {k: (x.shape, x.dtype) for k, x in operands.items()} == {
     k: (shape, jnp.dtype(dtype)) for k, (shape, dtype) in expected.items()
   }
@@ -231,25 +245,45 @@ def pack(case, plan, s):
 @functools.cache
 def _compiled(plan, detect_races, **kwargs):
   """Returns a function of the operands; compiling it takes most of a run."""
-  step = kernel.make_step(
-    plan,
-    interpret=interpreter.interpret_params(detect_races),
-    as_cluster=True,
-    **kwargs,
+  return jax.jit(
+    functools.partial(
+      kernel.launch,
+      plan,
+      interpret=interpreter.interpret_params(detect_races),
+      as_cluster=True,
+      **kwargs,
+    )
   )
 
-  @jax.jit
-  def run(operands):
-    *others, words, k_cache, v_cache = operands
-    k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    logits, next_ids = step(*others, jax.new_ref(words), k_ref, v_ref)
-    return logits, next_ids, k_ref[...], v_ref[...]
 
-  return run
+def launch(plan, operands, *, detect_races=True, **kwargs):
+  """Runs the kernel.
+
+  Args:
+    plan: sizes and schedule.
+    operands: as `pack` makes them.
+    detect_races: whether to look for races.
+    **kwargs: for `kernel.make_step`.
+
+  Returns:
+    Logits `[B, V]`, the operands that have changed, and whether races were
+    found.
+  """
+  interpreter.install()
+  interpreter.reset()
+  run = _compiled(plan, detect_races, **kwargs)
+  logits, changed = jax.block_until_ready(run(operands))
+  logits = np.asarray(logits)[:, : plan.geometry.vocab_size]
+  return logits, changed, detect_races and interpreter.races_found()
+
+
+def plan_of(case):
+  batch = len(case.positions)
+  return make_plan(case.geometry, batch, case.capacity, case.num_ctas)
 
 
 def interpret(case, s, *, detect_races=True, perturb=None, **kwargs):
-  """Runs the kernel.
+  """Runs one step.
 
   Args:
     case: what to run.
@@ -259,26 +293,17 @@ def interpret(case, s, *, detect_races=True, perturb=None, **kwargs):
     **kwargs: for `kernel.make_step`.
 
   Returns:
-    Logits, next ids and the caches, and whether races were found.
+    Logits and what has changed, and whether races were found.
   """
-  interpreter.install()
-  interpreter.reset()
-  batch = len(case.positions)
-  plan = make_plan(case.geometry, batch, case.capacity, case.num_ctas)
+  plan = plan_of(case)
   operands = pack(case, plan, s)
   if perturb is not None:
     operands = perturb(operands)
-  operands = [operands[name] for name in operand_shapes(plan)]
-  run = _compiled(plan, detect_races, **kwargs)
-  out = jax.block_until_ready(run(operands))
-  logits, next_ids, k_cache, v_cache = (np.asarray(x) for x in out)
-  out = (
-    logits[:, : case.geometry.vocab_size],
-    next_ids[:batch],
-    k_cache,
-    v_cache,
+  logits, changed, races = launch(
+    plan, operands, detect_races=detect_races, **kwargs
   )
-  return out, detect_races and interpreter.races_found()
+  changed = {name: np.asarray(x) for name, x in changed.items()}
+  return (logits, changed), races
 
 
 def assert_close(actual, expected):
@@ -299,9 +324,11 @@ def check(case, **kwargs):
     **kwargs: for `interpret`.
   """
   s = make_step(case)
-  (logits, next_ids, k_cache, v_cache), races = interpret(case, s, **kwargs)
+  (logits, changed), races = interpret(case, s, **kwargs)
   expected_logits, new_k, new_v = reference(case, s)
-  active = np.array(case.active)
+  active, positions = np.array(case.active), np.array(case.positions)
+  batch = len(active)
+  next_ids, *progress = changed["progress"][:, :batch]
   found = []
 
   def expect(name, assertion, *args):
@@ -317,10 +344,19 @@ def check(case, **kwargs):
     "logits", assert_close, logits[active], np.asarray(expected_logits)[active]
   )
   expect("next ids", equal, next_ids[active], logits.argmax(-1)[active])
-  for cache, before, new in (
-    (k_cache, s.k_cache, new_k),
-    (v_cache, s.v_cache, new_v),
+  goes_on = active & (positions + 1 < case.capacity)
+  expect("kept ids", equal, next_ids[~active], s.token_ids[~active])
+  expect("positions", equal, progress[0], np.where(goes_on, positions + 1, 0))
+  expect("activity", equal, progress[1], goes_on)
+  expect("clock", equal, changed["progress"][3, :2], [2, 2])
+  emitted = np.full((2, batch), -1)
+  emitted[1, active] = next_ids[active]
+  expect("emitted", equal, changed["emitted"][:, :batch], emitted)
+  for name, before, new in (
+    ("k_cache", s.k_cache, new_k),
+    ("v_cache", s.v_cache, new_v),
   ):
+    cache = changed[name]
     before = np.array(before.astype(_F32))
     cache = cache.astype(np.float32)
     for b, position in enumerate(case.positions):

@@ -131,8 +131,9 @@ def _pad8(values):
   return np.pad(np.asarray(values, np.int32), (0, 8 - len(values)))
 
 
-def _sequences(token_ids, positions, active):
-  return np.stack([_pad8(x) for x in (token_ids, positions, active)])
+def _progress(token_ids, positions, active, step=0, max_steps=1):
+  rows = (token_ids, positions, active, (step, max_steps))
+  return np.stack([_pad8(x) for x in rows])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "schedule"))
@@ -175,9 +176,10 @@ def _operands(case, num_ctas):
   operands = dict(
     table=plan.schedule.table(),
     num_layers=np.asarray([2], np.int32),
-    sequences=_sequences(case.token_ids, case.positions, [1] * case.batch),
-    angles=np.stack([cos, sin]),
+    progress=_progress(case.token_ids, case.positions, [1] * case.batch),
+    angles=np.stack([cos, sin])[None],
     norms=norms.reshape(5, 8, -1),
+    emitted=np.full((1, 8), -1, np.int32),
     words=np.zeros((plan.num_words, 2), np.int32),
     k_cache=case.caches[0],
     v_cache=case.caches[1],
@@ -404,9 +406,9 @@ def test_inactive_sequences_change_nothing():
   operands = dict(_operands(_MAIN, 5))
   # The middle one ends: it stands at 0 and runs along.
   positions = [_MAIN.positions[0], 0, _MAIN.positions[2]]
-  operands["sequences"] = _sequences(_MAIN.token_ids, positions, [1, 0, 1])
+  operands["progress"] = _progress(_MAIN.token_ids, positions, [1, 0, 1])
   cos, sin = rope.cos_sin(_MAIN.config, jnp.asarray(_pad8(positions)))
-  operands["angles"] = np.stack([cos, sin])
+  operands["angles"] = np.stack([cos, sin])[None]
   found = emulator.run(_MAIN.plan(5), operands)
   trace = _trace(_MAIN, 5)
   for name in ("qkv", "attended", "hidden", "logits", "next_ids"):
@@ -418,6 +420,38 @@ def test_inactive_sequences_change_nothing():
     np.testing.assert_array_equal(after[:, 1], before[:, 1])
     np.testing.assert_array_equal(after[:, ::2], getattr(trace, name)[:, ::2])
   assert not np.isnan(found.logits).any()
+
+
+def test_where_sequences_stand_next():
+  plan, operands = _MAIN.plan(5), dict(_operands(_MAIN, 5))
+  ids = _trace(_MAIN, 5).next_ids
+  assert _MAIN.positions == (0, 63, _CAPACITY - 1)
+  # The first goes on, the second ends by its token, the third fills the cache.
+  found = emulator.run(plan, operands, eos_token_ids=(int(ids[1]),))
+  expected = _progress(ids, [1, 0, 0], [1, 0, 0], step=1)
+  np.testing.assert_array_equal(found.progress[:, :3], expected[:, :3])
+  np.testing.assert_array_equal(found.emitted[0, :3], ids)
+  # Nothing is left to do.
+  operands["progress"] = found.progress
+  after = emulator.run(plan, operands)
+  for name in ("progress", "emitted", "k_cache", "v_cache"):
+    np.testing.assert_array_equal(getattr(after, name), operands[name])
+  assert np.isnan(after.logits).all()
+  # A second step emits a row of its own, and turns by angles of its own.
+  operands = dict(_operands(_MAIN, 5))
+  operands |= dict(
+    progress=_progress(
+      _MAIN.token_ids, _MAIN.positions, [1, 0, 1], step=1, max_steps=2
+    ),
+    angles=np.concatenate([operands["angles"] + 1, operands["angles"]]),
+    emitted=np.full((2, 8), -1, np.int32),
+  )
+  second = emulator.run(plan, operands)
+  np.testing.assert_array_equal(second.next_ids, ids)
+  np.testing.assert_array_equal(
+    second.emitted[:, :3], [[-1] * 3, [ids[0], -1, ids[2]]]
+  )
+  assert second.progress[0, 1] == _MAIN.token_ids[1]
 
 
 # ---- split attention -------------------------------------------------------
@@ -622,14 +656,14 @@ def _add(row, by):
     # Three of qkv's units for each CTA too few, and from another's.
     ("table", _change(2, 0, 1, -3), "qkv: units that somebody has are"),
     ("table", _change(2, 0, 0, -3), "qkv: units that somebody has are"),
-    ("sequences", _add(0, 100), r"token_ids=.* is not in \[0, 100\)"),
-    ("sequences", _add(1, -1), r"positions=.* is not in \[0, 320\)"),
-    ("sequences", _add(1, 1), r"positions=.* is not in \[0, 320\)"),
+    ("progress", _add(0, 100), r"token_ids=.* is not in \[0, 100\)"),
+    ("progress", _add(1, -1), r"positions=.* is not in \[0, 320\)"),
+    ("progress", _add(1, 1), r"positions=.* is not in \[0, 320\)"),
     ("num_layers", lambda x: x + 1, r"num_layers=\[3\] is not in \[0, 3\)"),
     (
       "angles",
-      lambda x: x[:, :3],
-      r"angles is float32\[2, 3, 32\], not float32\[2, 8, 32\]",
+      lambda x: x[:, :, :3],
+      r"angles is float32\[1, 2, 3, 32\], not float32\[1, 2, 8, 32\]",
     ),
     ("norms", lambda x: x.astype(_BF16), "norms is bfloat16"),
   ],

@@ -15,6 +15,8 @@ import ffjax
 from ffjax import implementation, stepping
 from ffjax.cache import KVCache
 from ffjax.packed import PackedParams, geometry_of
+from ffjax.sampling import Sampling
+from pallas_kernels import steps
 from pallas_kernels.plan import make_plan, operand_shapes
 
 aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
@@ -79,10 +81,12 @@ def test_a_kernel_that_counts_its_time_compiles():
   assert not report.spills
 
 
-def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
-  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
-  batch, capacity = 2, 1024
-  plan = make_plan(geometry_of(_CONFIG), batch, capacity, aot.NUM_SMS)
+_BATCH, _CAPACITY = 2, 1024
+
+
+def _loop(sampling):
+  """Compiles the loop over steps; returns what XLA made, and a cache's shape."""
+  plan = make_plan(geometry_of(_CONFIG), _BATCH, _CAPACITY, aot.NUM_SMS)
   target = aot.hopper()
 
   def shaped(shape, dtype):
@@ -101,14 +105,14 @@ def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
       norms=shaped((num_norms, segments * columns), jnp.float32),
       norm_dtypes=("bfloat16",) * 3,
     ),
-    config=_CONFIG,
+    config=dataclasses.replace(_CONFIG, eos_token_ids=(3, 7)),
   )
   cache = operands["k_cache"]
-  key = jax.eval_shape(lambda k: jax.random.split(k, batch), jax.random.key(0))
+  key = jax.eval_shape(lambda k: jax.random.split(k, _BATCH), jax.random.key(0))
   state = stepping.DecodeState(
-    cache=KVCache(k=cache, v=cache, lengths=shaped((batch,), jnp.int32)),
-    token_ids=shaped((batch,), jnp.int32),
-    finished=shaped((batch,), jnp.bool_),
+    cache=KVCache(k=cache, v=cache, lengths=shaped((_BATCH,), jnp.int32)),
+    token_ids=shaped((_BATCH,), jnp.int32),
+    finished=shaped((_BATCH,), jnp.bool_),
     keys=shaped(key.shape, key.dtype),
     seen=None,
   )
@@ -116,23 +120,65 @@ def test_loop_launches_once_per_step_and_never_copies_the_cache(monkeypatch):
     model,
     state,
     shaped((), jnp.int32),
+    sampling,
     max_steps=64,
     implementation="fused",
-    stop_on_eos=False,
   ).compile()
+  return compiled, cache.shape
+
+
+def _computations(hlo):
+  """Returns the instructions of each computation: names, and their operations.
+
+  Weights of the kernel's code in HLO's text, its attributes, are left out.
+  """
+  hlo = re.sub(r'"(?:[^"\\]|\\.)*"', '""', hlo)
+  found = {}
+  for text in hlo.split("\n\n"):
+    lines = text.strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith("{"):
+      name = re.match(r"(?:ENTRY )?%?(\S+)", lines[0])[1]
+      # The operation is the first word after the shape, in front of a bracket.
+      found[name] = [
+        re.search(r"[)\]}] ([a-z-]+)\(", line.split(" = ", 1)[1])[1]
+        for line in lines[1:]
+        if " = " in line
+      ]
+  return found
+
+
+@pytest.mark.parametrize(
+  "sampling", [Sampling(), Sampling(temperature=0.5)], ids=["greedy", "sampled"]
+)
+def test_loop_launches_once_per_step_and_never_copies(sampling, monkeypatch):
+  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
+  compiled, cache_shape = _loop(sampling)
   hlo = compiled.as_text()
-  # Once in the loop over several steps at a time, and once in the other.
-  calls = re.findall(r'custom_call_target="([^"]*)"', hlo)
-  assert calls == ["mosaic_gpu_v2"] * 2
-  shape = f"bf16[{','.join(map(str, cache.shape))}]"
+  calls = re.findall(r'custom_call_target="(mosaic[^"]*)"', hlo)
+  # Sampled, once in the loop over several steps at a time, and once in the other.
+  num_calls = steps.LAUNCHES_PER_LOOK if sampling.greedy else 2
+  assert calls == ["mosaic_gpu_v2"] * num_calls
+  shape = f"bf16[{','.join(map(str, cache_shape))}]"
   copied = rf"= {re.escape(shape)}\S* copy"
   assert not re.search(copied, hlo)
   # It is the shape that a copy would have.
   assert shape in hlo
   memory = compiled.memory_analysis()
-  cache_bytes = 2 * math.prod(cache.shape) * 2
+  cache_bytes = 2 * math.prod(cache_shape) * 2
   assert memory.alias_size_in_bytes >= cache_bytes
   assert memory.temp_size_in_bytes < cache_bytes
+
+
+def test_between_greedy_launches_there_is_nothing(monkeypatch):
+  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
+  compiled, _ = _loop(Sampling())
+  hlo = compiled.as_text()
+  (body,) = re.findall(r" while\(.*body=%?([^,\s]+)", hlo)
+  operations = _computations(hlo)[body]
+  # Names for what is there already.
+  free = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
+  assert set(operations) <= {*free, "custom-call"}
+  assert operations.count("custom-call") == steps.LAUNCHES_PER_LOOK
 
 
 def test_spills_are_seen(tmp_path):

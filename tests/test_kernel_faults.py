@@ -25,7 +25,7 @@ if interpreter.missing():
 
 from interpreted_step import NINE_CTAS, TINY, Case, check
 
-from pallas_kernels import kernel, words
+from pallas_kernels import kernel, steps, words
 from pallas_kernels.geometry import TILE
 
 # One layer is enough unless a fault needs a second one; the interpreter's time
@@ -36,6 +36,11 @@ _FULL_TILE = Case(_LAYER, 1, 128, (TILE - 1,))
 _NEXT_TILE = Case(_LAYER, 1, 128, (TILE,))
 # Longer than the ring has slots.
 _LONG_STREAM = Case(TINY, 1, 64, (2,))
+_LAST_SLOT = Case(_LAYER, 1, 64, (63,))
+# The tokens after these are not the same ones.
+_UNTIED = dataclasses.replace(_LAYER, tie_word_embeddings=False)
+_OTHER_TOKEN = Case(_UNTIED, 1, 64, (2,))
+_IDLE = Case(_UNTIED, 1, 64, (2, 0), (True, False))
 _TWO_CTAS = Case(_LAYER, 2, 64, (2,))
 _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 # Uneven runs, groups of fewer units than most.
@@ -188,22 +193,27 @@ def _tiles_for(more):
   return _in("attention_item", None, positions=lambda x: _Plus(x, more))
 
 
-def _merge_nothing(self, item, stamp):
+def _merge_nothing(self, item, num_parts, stamp):
   # As if there had been no such part.
   pass
 
 
 def _other_angles(operands):
   """Turns by the angles of the position after."""
-  cos, sin = operands["angles"]
+  now = operands["progress"][steps.CLOCK, 0]
+  cos, sin = operands["angles"][now]
   half = cos.shape[1]
   step = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)[None, :]
   return operands | dict(
-    angles=jnp.stack(
-      [
-        cos * jnp.cos(step) - sin * jnp.sin(step),
-        sin * jnp.cos(step) + cos * jnp.sin(step),
-      ]
+    angles=operands["angles"]
+    .at[now]
+    .set(
+      jnp.stack(
+        [
+          cos * jnp.cos(step) - sin * jnp.sin(step),
+          sin * jnp.cos(step) + cos * jnp.sin(step),
+        ]
+      )
     )
   )
 
@@ -230,10 +240,29 @@ def _next_rows_residual(runs):
   return runs | dict(o=(runs["o"][0] + 1, runs["o"][1]))
 
 
-def _shift_choice(self):
+def _shift_choice(self, stamp):
   # The other way, the largest would be clipped to the size of the vocabulary.
   self.best.at[1][...] = self.best[1] - jnp.float32(8)
-  kernel.Cta.choose(self)
+  kernel.Cta.choose(self, stamp)
+
+
+def _stay(row):
+  """Leaves a row of `progress` as it was."""
+
+  def proceed(self, b, chosen):
+    kernel.Cta.proceed(self, b, chosen)
+    self.next_progress[row, b] = self.progress[row, b]
+
+  return _instead(proceed=proceed)
+
+
+def _count_nothing(self, num):
+  del num
+  kernel.Cta.tick(self, 0)
+
+
+def _one_slot_more(plan):
+  return dataclasses.replace(plan, capacity=plan.capacity + 1)
 
 
 def _next_row(self, layer, b, head, position):
@@ -321,13 +350,37 @@ _FAULTS = {
   "the new key in the next row": _Fault(
     _FEW_KEYS, "other rows", _instead(extend_cache=_next_row)
   ),
+  # From step to step.
+  "stamps are those of the first step": _Fault(
+    _TWO_CTAS, "is sent with", _in("compute", None, step=lambda x: x - 1)
+  ),
+  "the angles of the first step": _Fault(
+    _FEW_KEYS, "new rows", _in("load_angles", None, step=lambda x: x - 1)
+  ),
+  "tokens stay": _Fault(_OTHER_TOKEN, "next ids", _stay(steps.TOKEN_IDS)),
+  "positions stay": _Fault(_FEW_KEYS, "positions", _stay(steps.POSITIONS)),
+  "a full cache ends nothing": _Fault(
+    _LAST_SLOT, "activity", _in("proceed", None, plan=_one_slot_more)
+  ),
+  "what is idle goes on": _Fault(
+    _IDLE, "kept ids", _in("proceed", None, active=lambda x: _Plus(x, 1))
+  ),
+  "tokens go to the first step's row": _Fault(
+    _FEW_KEYS, "emitted", _in("proceed", None, step=lambda x: x - 1)
+  ),
+  "steps are not counted": _Fault(
+    _FEW_KEYS, "clock", _instead(tick=_count_nothing)
+  ),
 }
 
 
 @pytest.mark.parametrize("fault", _FAULTS.values(), ids=_FAULTS.keys())
 def test_fault_is_found(fault, monkeypatch):
   # What stops the interpreter is no assertion, and comes by way of XLA.
-  compared = ("logits", "next ids", "new rows", "other rows", "races")
+  compared = (
+    *("logits", "next ids", "new rows", "other rows", "races"),
+    *("kept ids", "positions", "activity", "clock", "emitted"),
+  )
   error = AssertionError
   if fault.found not in compared:
     monkeypatch.setattr(interpreter, "DEADLOCK_S", 1.0)

@@ -18,6 +18,7 @@ from ffjax.cache import KVCache
 from ffjax.errors import RequestError
 from ffjax.implementation import resolve
 from ffjax.sampling import Sampling, choose
+from pallas_kernels import steps
 
 
 def _why_not() -> str:
@@ -248,13 +249,44 @@ def test_a_step_is_one_launch(model):
   state = _started(model, 1)
   step = decode.decode_step.lower(model, state, implementation="fused")
   assert _num_kernels(step.compile()) == 1
-  # Once in each of the two loops over steps: several at a time, and one.
-  steps = decode.decode_steps.lower(
-    model, state, 50, max_steps=64, implementation="fused"
-  )
-  assert _num_kernels(steps.compile()) == 2
+  # The block of launches; or once in each of the two loops over steps: several
+  # at a time, and one.
+  for sampling, num in (
+    (Sampling(), steps.LAUNCHES_PER_LOOK),
+    (Sampling(temperature=0.5), 2),
+  ):
+    loop = decode.decode_steps.lower(
+      model, state, 50, sampling, max_steps=64, implementation="fused"
+    )
+    assert _num_kernels(loop.compile()) == num
   reference = decode.decode_step.lower(model, state, implementation="reference")
   assert _num_kernels(reference.compile()) == 0
+
+
+@pytest.mark.parametrize("stop_on_eos", [True, False])
+def test_greedy_launches_are_single_steps(make_config, stop_on_eos):
+  # In 75 steps some sequences end, or all fill their caches.
+  fields = dict(_EVEN, eos_token_ids=tuple(range(0, 384, 40)))
+  model = _packed(make_config, fields)
+  options = dict(implementation="fused", stop_on_eos=stop_on_eos)
+  state, tokens = decode.decode_steps(
+    model, _started(model, 3), 75, max_steps=80, **options
+  )
+  one = _started(model, 3)
+  for t in range(75):
+    was_finished = np.asarray(one.finished)
+    one = decode.decode_step(model, one, **options)
+    expected = np.where(was_finished, decode.NO_TOKEN, one.token_ids)
+    np.testing.assert_array_equal(tokens[:, t], expected)
+  assert (np.asarray(tokens)[:, 75:] == decode.NO_TOKEN).all()
+  assert np.asarray(one.finished).any()
+  for ours, theirs in zip(
+    (state.token_ids, state.finished, *jax.tree.leaves(state.cache)),
+    (one.token_ids, one.finished, *jax.tree.leaves(one.cache)),
+    strict=True,
+  ):
+    ours, theirs = (np.asarray(x).view(np.uint8) for x in (ours, theirs))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("batch", [1, 8])

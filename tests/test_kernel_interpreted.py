@@ -25,8 +25,13 @@ from interpreted_step import (
   Case,
   assert_close,
   check,
+  cos_sin,
   interpret,
+  launch,
   make_step,
+  pack,
+  plan_of,
+  progress_of,
   reference,
 )
 
@@ -80,8 +85,103 @@ def test_what_lies_beyond_the_position_is_never_used():
       beyond[None, None, None, :, None], jnp.full_like(cache, largest), cache
     )
     setattr(s, name, noise)
-  (logits, *_), _ = interpret(_FOUR, s, detect_races=False)
+  (logits, _), _ = interpret(_FOUR, s, detect_races=False)
   assert_close(logits, np.asarray(reference(_FOUR, s)[0]))
+
+
+# ---- several steps ---------------------------------------------------------
+
+# They end by a token, have ended, fill the cache, go on.
+_FOUR_ENDS = Case(
+  # The tokens after these are not the same ones.
+  dataclasses.replace(TINY, tie_word_embeddings=False),
+  *(2, 64),
+  positions=(3, 0, 63, 5),
+  active=(True, False, True, True),
+)
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+  """A plan, operands of the first of two steps, and what launches the kernel."""
+  case, plan = _FOUR_ENDS, plan_of(_FOUR_ENDS)
+  s = make_step(case)
+  operands = pack(case, plan, s)
+  positions = np.pad(case.positions, (0, 4))
+  angles = [jnp.stack(cos_sin(TINY, positions + n)) for n in range(2)]
+  eos = int(np.argmax(reference(case, s)[0][0]))
+  operands |= dict(
+    progress=progress_of(s.token_ids, case.positions, case.active, 0, 2),
+    angles=jnp.stack(angles),
+    words=jnp.zeros_like(operands["words"]),
+  )
+
+  def run(operands):
+    logits, changed, races = launch(plan, operands, eos_token_ids=(eos,))
+    assert not races
+    return logits, {name: np.asarray(x) for name, x in changed.items()}
+
+  return operands, eos, run
+
+
+def _expect_progress(changed, rows, clock):
+  progress = changed["progress"]
+  np.testing.assert_array_equal(progress[:3, :4], rows)
+  np.testing.assert_array_equal(progress[3, :2], clock)
+
+
+def _bits(x):
+  return np.asarray(x).view(np.uint8)
+
+
+def test_steps_follow_each_other(two_steps):
+  operands, eos, run = two_steps
+  before = np.asarray(operands["progress"])[:, :4]
+  _, first = run(operands)
+  logits, second = run(operands | first)
+  ids = first["progress"][0, :4]
+  assert ids[0] == eos
+  assert (ids[2:] != eos).all()
+  assert (ids[[0, 2, 3]] != before[0, [0, 2, 3]]).all()
+  assert ids[1] == before[0, 1]
+  _expect_progress(first, [ids, [0, 0, 0, 6], [0, 0, 0, 1]], (1, 2))
+  last = second["progress"][0, 3]
+  assert last != eos
+  _expect_progress(
+    second, [[*ids[:3], last], [0, 0, 0, 7], [0, 0, 0, 1]], (2, 2)
+  )
+  np.testing.assert_array_equal(
+    second["emitted"][:, :4], [[eos, -1, *ids[2:]], [-1, -1, -1, last]]
+  )
+  # A step of its own, from words that are zero.
+  progress = first["progress"].copy()
+  progress[3, :2] = 0, 1
+  alone = dict(progress=jnp.asarray(progress), angles=operands["angles"][::-1])
+  logits_alone, one = run(
+    operands | first | alone | dict(words=operands["words"])
+  )
+  np.testing.assert_array_equal(logits[3], logits_alone[3])
+  _expect_progress(one, second["progress"][:3, :4], (1, 1))
+  for name in ("k_cache", "v_cache"):
+    np.testing.assert_array_equal(_bits(one[name]), _bits(second[name]))
+
+
+@pytest.mark.parametrize("nothing", ["active", "left"])
+def test_with_nothing_to_do_nothing_changes(two_steps, nothing):
+  operands, _, run = two_steps
+  progress = np.array(operands["progress"])
+  if nothing == "active":
+    progress[2] = 0
+  else:
+    progress[3, :2] = 2
+  operands = operands | dict(progress=jnp.asarray(progress))
+  _, after = run(operands)
+  for name, x in after.items():
+    before = np.asarray(operands[name])
+    if name == "progress":
+      _expect_progress(after, before[:3, :4], before[3, :2])
+    else:
+      np.testing.assert_array_equal(_bits(x), _bits(before))
 
 
 # ---- the extension of the interpreter itself -------------------------------

@@ -29,11 +29,12 @@ from ffjax import (
   packed,
   packing,
   params,
+  rope,
   scoring,
 )
 from ffjax.errors import RequestError
 from ffjax.sampling import choose
-from pallas_kernels import emulator
+from pallas_kernels import emulator, steps
 from pallas_kernels.plan import operand_shapes
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -549,7 +550,51 @@ def install(monkeypatch, step):
     pass
 
   Kernel.step = staticmethod(step)
+  Kernel.launch = staticmethod(launch_of(step))
   monkeypatch.setattr(pallas_kernels, "kernel", Kernel, raising=False)
+
+
+def launch_of(step):
+  """Returns what takes a step as the kernel does, one launch after another."""
+
+  def launch(plan, operands, *, eos_token_ids):
+    num_rows, b = len(operands["emitted"]), plan.batch
+    for name, (shape, dtype) in operand_shapes(plan, num_rows).items():
+      chex.assert_shape(operands[name], shape)
+      chex.assert_type(operands[name], dtype)
+    progress = operands["progress"]
+    token_ids, positions, active, _ = progress[:, :b]
+    now, most = progress[3, 0], progress[3, 1]
+    weights = {name.removeprefix("w_"): x for name, x in operands.items()}
+    weights["norms"] = weights["norms"].reshape(len(weights["norms"]), -1)
+    wanted = ("qkv", "o", "gate_up", "down", "lm_head", "embedding", "norms")
+    logits, chosen, k, v = step(
+      plan,
+      {name: weights[name] for name in wanted},
+      token_ids,
+      positions,
+      active > 0,
+      *operands["angles"][now, :, :b],
+      operands["k_cache"],
+      operands["v_cache"],
+    )
+    sequences = steps.advance(
+      token_ids, positions, active, chosen, plan.capacity, eos_token_ids
+    )
+    emitted = jnp.where(active > 0, chosen, -1)
+    changed = dict(
+      progress=progress.at[:3, :b].set(jnp.stack(sequences)).at[3, 0].add(1),
+      emitted=operands["emitted"].at[now, :b].set(emitted),
+      words=operands["words"] + 1,
+      k_cache=k,
+      v_cache=v,
+    )
+    goes_on = (active > 0).any() & (now < most)
+    return logits, {
+      name: jnp.where(goes_on, x, operands[name]) for name, x in changed.items()
+    }
+
+  return launch
 
 
 def reference_in_its_place(config, greedy_ids):
@@ -561,6 +606,8 @@ def reference_in_its_place(config, greedy_ids):
     chex.assert_type([token_ids, positions, active], [jnp.int32] * 2 + [bool])
     chex.assert_shape([cos, sin], (b, config.head_dim // 2))
     assert k.shape[3] == plan.capacity
+    right = jnp.stack(rope.cos_sin(config, positions)) - jnp.stack([cos, sin])
+    right = jnp.all((jnp.abs(right) < 1e-6) | ~active[None, :, None])
     tied = config.tie_word_embeddings
     tree = packed.PackedParams(
       **{**weights, "embedding": None if tied else weights["embedding"]},
@@ -571,6 +618,7 @@ def reference_in_its_place(config, greedy_ids):
       tree, config, token_ids[:, None], active.astype(jnp.int32), cache
     )
     logits = packed.logits(tree, config, hidden[:, 0])
+    logits = jnp.where(right, logits, jnp.nan)
     return logits, greedy_ids(logits), cache.k, cache.v
 
   return step
@@ -595,6 +643,57 @@ def test_fused_runs_by_way_of_the_kernel(make_config, hopper, monkeypatch):
   )
   assert same.implementations == ("reference", "fused")
   assert same.max_logit_error == 0
+
+
+@pytest.mark.parametrize("stop_on_eos", [True, False])
+@pytest.mark.parametrize("num_steps", [0, 1, 4, 7, 12, 20])
+def test_greedy_launches_give_what_the_loop_does(
+  make_config, hopper, monkeypatch, num_steps, stop_on_eos
+):
+  monkeypatch.setattr(steps, "LAUNCHES_PER_LOOK", 4)
+  # Every third token ends a sequence.
+  config = make_config(**CONFIGS["odd"], eos_token_ids=tuple(range(0, 391, 3)))
+  model = ffjax.pack(sharpened(config), num_ctas=4)
+  install(
+    monkeypatch,
+    reference_in_its_place(
+      config, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    ),
+  )
+  # The first cache is full after four steps; the second has ended before.
+  prompts = [[5, 9, 11, 70] * 15, [7] * 9, [1], [3, 4]]
+
+  def run(name):
+    state = decode.prefill(
+      model, *padded(prompts), capacity=64, stop_on_eos=False
+    )
+    finished = jnp.asarray([False, True, False, False])
+    return decode.decode_steps(
+      model,
+      state.replace(finished=finished, keys=None),
+      num_steps,
+      max_steps=17,
+      implementation=name,
+      stop_on_eos=stop_on_eos,
+    )
+
+  ours, theirs = run("fused"), run("reference")
+  chex.assert_trees_all_close(ours[0].cache.k, theirs[0].cache.k, atol=0.05)
+  ours, theirs = (
+    (x.cache.lengths, x.token_ids, x.finished, tokens)
+    for x, tokens in (ours, theirs)
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  emitted = (np.asarray(theirs[-1]) >= 0).sum(1).tolist()
+  if stop_on_eos:
+    assert num_steps < 12 or len(set(emitted)) > 2
+  else:
+    assert emitted == [
+      min(num_steps, 4),
+      0,
+      min(num_steps, 17),
+      min(num_steps, 17),
+    ]
 
 
 def test_choice_of_the_kernel_is_taken_if_greedy(
@@ -628,23 +727,11 @@ def test_choice_of_the_kernel_is_taken_if_greedy(
 
 def emulated_step(plan, weights, token_ids, positions, active, cos, sin, k, v):
   """What the kernel computes, by `pallas_kernels.emulator`."""
-  matrices = ("qkv", "o", "gate_up", "down", "lm_head")
-  shapes = operand_shapes(plan)
-  positions = np.where(active, positions, 0)
-  sequences = np.stack([token_ids, positions, active]).astype(np.int32)
-  missing = (0, 8 - plan.batch)
-  operands = dict(
-    table=plan.schedule.table(),
-    num_layers=np.asarray([plan.geometry.num_hidden_layers], np.int32),
-    sequences=np.pad(sequences, ((0, 0), missing)),
-    angles=np.pad(np.stack([cos, sin]), ((0, 0), missing, (0, 0))),
-    norms=np.asarray(weights["norms"]).reshape(shapes["norms"][0]),
-    **{f"w_{name}": np.asarray(weights[name]) for name in matrices},
-    embedding=np.asarray(weights["embedding"]),
-    words=np.zeros(*shapes["words"]),
-    k_cache=np.asarray(k),
-    v_cache=np.asarray(v),
+  angles = cos[None], sin[None]
+  operands = steps.operands(
+    plan, weights, token_ids, positions, active, *angles, 1, k, v
   )
+  operands = {name: np.asarray(x) for name, x in operands.items()}
   trace = emulator.run(plan, operands)
   return (
     jnp.asarray(trace.logits[:, : plan.geometry.vocab_size]),
