@@ -47,10 +47,8 @@ class CtaBase:
   results_f32: Ref
   residual: Ref
   cos_sin: Ref
-  state: Ref
   attended: Ref
   new: Ref
-  part: Ref
   best: Ref
   candidates: Ref
   produced: Ref

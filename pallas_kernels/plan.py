@@ -26,6 +26,7 @@ from pallas_kernels.geometry import (
   UnsupportedError,
   round_up,
 )
+from pallas_kernels.parts import Part
 from pallas_kernels.schedule import (
   MIN_TILES_PER_SPLIT,
   Matmul,
@@ -52,9 +53,9 @@ _REDUCTION_BYTES = 2048
 # Activations that do not fit in this come in blocks.
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
-INSTEAD_OF_X = ("state", "part", "attended", "candidates")
-# Parts of a head's keys of which the results are loaded together.
-PARTS_AT_ONCE = 4
+INSTEAD_OF_X = ("p", "attended", "candidates")
+# Tiles of keys whose scores are taken together, if the ring holds as many.
+_TILES_AT_ONCE = 4
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -94,6 +95,17 @@ class Plan:
     return self.batch * g.num_key_value_heads * self.splits
 
   @property
+  def tiles_at_once(self) -> int:
+    """Tiles of keys that are waited for together; one slot stays free."""
+    slots_per_tile = self.geometry.head_dim // TILE
+    return max(1, min(_TILES_AT_ONCE, (self.num_slots - 1) // slots_per_tile))
+
+  @property
+  def part(self) -> Part:
+    """How CTAs send what they make of a part of a head's keys."""
+    return Part(self.geometry.head_dim, self.geometry.group)
+
+  @property
   def x_chunks(self) -> int:
     """Chunks of columns of which shared memory holds the activations."""
     normed = self.schedule.qkv.chunks_per_unit
@@ -126,7 +138,7 @@ class Plan:
       output=(self.batch, g.hidden_rows // 2),
       parts=(
         self.num_items if self.splits > 1 else 0,
-        g.group * (g.head_dim + TILE),
+        self.part.num_words,
       ),
       candidates=(2 * self.batch, self.candidate_cols),
     )
@@ -234,22 +246,19 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   g, b = plan.geometry, plan.batch
   f32, bf16 = jnp.float32, jnp.bfloat16
   own_rows = round_up(plan.schedule.o.run * UNIT_ROWS, GROUP_ROWS)
-  parts = PARTS_AT_ONCE * g.group + 8 if plan.splits > 1 else 8
   # Pairs of a group may begin anywhere in a head and end in the next.
   angles = g.head_dim // 2 + GROUP_ROWS // 2
   return dict(
     x=((b * SEGMENTS, plan.x_chunks * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
-    p=((8, TILE), bf16),
+    p=((8, _TILES_AT_ONCE * TILE), bf16),
     sums=((b, GROUP_UNITS * TILE), f32),
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),
     residual=((b, own_rows), f32),
     cos_sin=((2, b, angles), f32),
-    state=((8, g.head_dim + TILE), f32),
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),
-    part=((parts, g.head_dim + TILE), f32),
     best=((2 * b, GROUP_ROWS), f32),
     candidates=((2, plan.candidate_cols), f32),
   )

@@ -151,11 +151,11 @@ def _consume_where(**faults):
 def _attend_to(more):
   """Masks as if the sequence were so many keys longer, and does nothing else.
 
-  `attend_tile` takes all that it knows of the length from `positions`; the new
+  `attend_tiles` takes all that it knows of the length from `positions`; the new
   key is put where it belongs.
   """
 
-  def attend_tile(self, *args):
+  def attend_tiles(self, *args):
     def patch(ring, new, k_row, v_row, row, **kwargs):
       real(ring, new, k_row, v_row, row - more, **kwargs)
 
@@ -164,9 +164,9 @@ def _attend_to(more):
       mock.patch.object(self, "positions", _Plus(self.positions, more)),
       mock.patch.object(words, "patch", patch),
     ):
-      return kernel.Cta.attend_tile(self, *args)
+      return kernel.Cta.attend_tiles(self, *args)
 
-  return _instead(attend_tile=attend_tile)
+  return _instead(attend_tiles=attend_tiles)
 
 
 def _tiles_for(more):
@@ -177,9 +177,9 @@ def _tiles_for(more):
   return _in("attention_item", None, positions=lambda x: _Plus(x, more))
 
 
-def _merge_nothing(self, item, stamp):
+def _merge_nothing(self, item, num_parts, stamp, state):
   # As if there had been no such part.
-  pass
+  return state
 
 
 def _other_angles(operands):
