@@ -221,13 +221,9 @@ class AttentionPhase(Stream):
     )
     shrink = jnp.exp2(most - new_most)
     total = total * shrink
-    for n, x in enumerate(scores):
-      weights = jnp.exp2(x - new_most)
-      total = total + weights
-      mosaic.store(
-        self.p.at[:, pl.ds(n * TILE, TILE)].transpose((1, 0)),
-        plgpu.layout_cast(weights.astype(BF16), plgpu.Layout.WGMMA_TRANSPOSED),
-      )
+    weights = [jnp.exp2(x - new_most) for x in scores]
+    total = functools.reduce(jnp.add, weights, total)
+    fragments.store_weights(weights, self.p)
     plgpu.commit_smem()
 
     def weigh(*accs: Ref) -> list[jax.Array]:

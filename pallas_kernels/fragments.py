@@ -18,13 +18,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.geometry import SEGMENTS, TILE
-from pallas_kernels.layouts import F32, I32, Index, Ref
+from pallas_kernels.layouts import F32, I32, SWIZZLED, Index, Ref
 from pallas_kernels.parts import Part
 from pallas_kernels.plan import MASKED
+from pallas_kernels.words import tiled_byte
 
 _WGMMA = plgpu.Layout.WGMMA
 _WORD_BYTES = 8
 _F32_BYTES = 4
+# 64 keys of 8 queries in an operand of `wgmma`.
+_TILE_BYTES = TILE * 8 * 2
 # Values that a thread holds of `[64, 8]`, in two rows.
 _VALUES = 4
 
@@ -72,6 +75,11 @@ class StoreOwn:
   def column(self, row: Any) -> Any:
     """Returns which of a sequence's 8 columns is a row's own."""
     return row % SEGMENTS
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreWeights:
+  """Stores the weights of keys, rounded, as an operand of `wgmma`."""
 
 
 def send_part(
@@ -128,11 +136,21 @@ def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
   _run(what, [sums], (products,), [u])
 
 
+def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
+  """Stores the weights of tiles of keys, to be committed by the caller.
+
+  Args:
+    weights: `[64, 8]` float32 of each tile.
+    p: `[8, keys]` bfloat16, an operand of `wgmma`.
+  """
+  _run(StoreWeights(), [p], weights, [])
+
+
 # ---- what the threads do ---------------------------------------------------
 
 
 def _run(
-  what: SendPart | MergeParts | StoreOwn,
+  what: SendPart | MergeParts | StoreOwn | StoreWeights,
   refs: Sequence[Ref],
   arrays: Sequence[jax.Array],
   scalars: Sequence[Index],
@@ -147,10 +165,12 @@ def _run(
     SendPart: _emit_send,
     MergeParts: _emit_merge,
     StoreOwn: _emit_store_own,
+    StoreWeights: _emit_store_weights,
   }
   emit = emitters[type(what)]
+  tiled = isinstance(what, StoreWeights)
   arg_types = (
-    *[plgpu.RefType()] * len(refs),
+    *[plgpu.RefType(SWIZZLED if tiled else ())] * len(refs),
     *[_WGMMA] * len(arrays),
     *[plgpu.Layout.WG_SPLAT] * len(scalars),
   )
@@ -166,8 +186,9 @@ def _run(
       *(mosaic.Int(x) for x in args[end:]),
     )
     # What is written to shared memory here is there, and before anybody goes
-    # on all have read their words.
-    mosaic.warpgroup_barrier()
+    # on all have read their words. Weights wait for their commit.
+    if not tiled:
+      mosaic.warpgroup_barrier()
     return [mosaic.wgmma_array(x) for x in results]
 
   program.what = what  # type: ignore[attr-defined]
@@ -337,4 +358,27 @@ def _emit_store_own(
       own % 2,
       *products[_VALUES * b : _VALUES * (b + 1)],
     )
+  return []
+
+
+def _emit_store_weights(what: StoreWeights, p: Any, *weights: Any) -> list[Any]:
+  del what
+  row, col = _place()
+  # Two rows of two columns; they are where they are in every tile.
+  addresses = [
+    p.plus(tiled_byte(col + k, 2 * (row + 8 * half)), 1)
+    for half in range(2)
+    for k in range(2)
+  ]
+  stores = [
+    f"cvt.rn.bf16.f32 h, ${_VALUES * (n + 1) + k};"
+    f" st.shared.b16 [${k} + {n * _TILE_BYTES}], h;"
+    for n in range(len(weights))
+    for k in range(_VALUES)
+  ]
+  mosaic.asm(
+    f"{{ .reg .b16 h; {' '.join(stores)} }}",
+    *addresses,
+    *(x for values in weights for x in values),
+  )
   return []

@@ -441,6 +441,19 @@ def _run_store_own(
     run.write(sums, (b, at), own)
 
 
+def _run_store_weights(
+  what: fragments.StoreWeights,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  *weights: np.ndarray,
+) -> None:
+  del what, scalars
+  (p,) = refs
+  values = np.concatenate(weights).T.astype(p[3])
+  run.write(p, (0, 0), np.ascontiguousarray(values))
+
+
 _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   words.Send: _run_send,
   tuple: _run_receive,
@@ -449,6 +462,7 @@ _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   fragments.SendPart: _run_send_part,
   fragments.MergeParts: _run_merge_parts,
   fragments.StoreOwn: _run_store_own,
+  fragments.StoreWeights: _run_store_weights,
 }
 
 

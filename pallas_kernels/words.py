@@ -49,7 +49,7 @@ def _swizzled_byte(row: Any, byte: Any) -> Any:
   return byte ^ (row % 8 * _SWIZZLED_BYTES)
 
 
-def _tiled_byte(row: Any, byte: Any) -> Any:
+def tiled_byte(row: Any, byte: Any) -> Any:
   """Returns where byte `byte` of one of an operand's 8 rows is."""
   within = _swizzled_byte(row, byte % _TILE_ROW_BYTES)
   tile = byte // _TILE_ROW_BYTES
@@ -163,7 +163,7 @@ class Receive:
         word,
         (row * self.target_stride + i) * _PAYLOAD_BYTES,
       )
-    return first, second, word, _tiled_byte(row, i * _PAYLOAD_BYTES)
+    return first, second, word, tiled_byte(row, i * _PAYLOAD_BYTES)
 
 
 def _scalars(*values: Index) -> list[jax.Array]:
@@ -305,7 +305,7 @@ class Take:
     """Returns whether there is such a column, and where it is, in bytes."""
     column = start + t
     row, byte = column // self.segment, column % self.segment * 2
-    return (t < self.num_columns) & (row < 8), _tiled_byte(row, byte)
+    return (t < self.num_columns) & (row < 8), tiled_byte(row, byte)
 
 
 def take(
