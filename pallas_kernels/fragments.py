@@ -132,8 +132,8 @@ def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
     u: which 64 columns of it.
     adds: whether there is a sum already.
   """
-  what = StoreOwn(*sums.shape, adds)
-  _run(what, [sums], (products,), [u])
+  batch, row_values = sums.shape
+  _run(StoreOwn(batch, row_values, adds), [sums], (products,), [u])
 
 
 def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:

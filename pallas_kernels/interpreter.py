@@ -504,7 +504,9 @@ def _interpret_words(
   all_transforms = jax.tree.unflatten(
     params["pytree_ref_transforms"], invals[num:]
   )
-  keys, transforms, scalars, arrays, kinds = [], [], [], [], []
+  keys, transforms, kinds = [], [], []
+  scalars: list[Any] = []
+  arrays: list[Any] = []
   for var, value, transform in zip(
     eqn.invars[:num], invals[:num], all_transforms, strict=True
   ):

@@ -28,7 +28,7 @@ from pallas_kernels.geometry import (
 )
 from pallas_kernels.parts import Part
 from pallas_kernels.schedule import (
-  MIN_TILES_PER_SPLIT,
+  TILES_AT_ONCE,
   Matmul,
   Schedule,
   make_schedule,
@@ -54,8 +54,6 @@ _REDUCTION_BYTES = 2048
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
 INSTEAD_OF_X = ("p", "attended", "candidates")
-# Tiles of keys whose scores are taken together, if the ring holds as many.
-_TILES_AT_ONCE = 4
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -85,7 +83,7 @@ class Plan:
   @property
   def splits(self) -> int:
     """Into how many parts the keys of a KV head may be cut."""
-    most = -(-self.capacity // (TILE * MIN_TILES_PER_SPLIT))
+    most = -(-self.capacity // (TILE * TILES_AT_ONCE))
     return min(most, max_splits(self.geometry, self.batch, self.num_ctas))
 
   @property
@@ -98,7 +96,7 @@ class Plan:
   def tiles_at_once(self) -> int:
     """Tiles of keys that are waited for together; one slot stays free."""
     slots_per_tile = self.geometry.head_dim // TILE
-    return max(1, min(_TILES_AT_ONCE, (self.num_slots - 1) // slots_per_tile))
+    return max(1, min(TILES_AT_ONCE, (self.num_slots - 1) // slots_per_tile))
 
   @property
   def part(self) -> Part:
@@ -251,7 +249,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   return dict(
     x=((b * SEGMENTS, plan.x_chunks * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
-    p=((8, _TILES_AT_ONCE * TILE), bf16),
+    p=((8, TILES_AT_ONCE * TILE), bf16),
     sums=((b, GROUP_UNITS * TILE), f32),
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),

@@ -124,7 +124,9 @@ def make_step(case):
     embedding=embedding,
     lm_head=embedding if g.tie_word_embeddings else matrix(g.vocab_size, d),
     norms=1 + normal(2 * layers + 1, d, scale=0.1),
-    token_ids=jnp.array([g.vocab_size - 3, 3][:batch], jnp.int32),
+    token_ids=jnp.array(
+      [g.vocab_size - 3, 3, 5, 7, 11, 13, 17, 19][:batch], jnp.int32
+    ),
     cos=jnp.cos(angles),
     sin=jnp.sin(angles),
     k_cache=normal(*cache).astype(_BF16),
