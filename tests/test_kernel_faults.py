@@ -266,7 +266,9 @@ _FAULTS = {
   ),
   # In the ring.
   "a chunk is not awaited": _Fault(
-    _TWO_CTAS, "no threads observed", _chunks_where(waits=False)
+    _TWO_CTAS,
+    "no threads observed|for the first time",
+    _chunks_where(waits=False),
   ),
   "the slot after is multiplied": _Fault(
     _FEW_KEYS, "races", _chunks_where(slots_on=1)
