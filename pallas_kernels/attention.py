@@ -196,6 +196,15 @@ class AttentionPhase(Stream):
       )
       plgpu.commit_smem()
 
+    # What was patched was committed before it was read, and so comes before the
+    # slot's next load, too.
+    def free(which: int) -> None:
+      for n, tile_slots in enumerate(slots):
+
+        @pl.when(n < left)
+        def _(slot: Index = tile_slots[which]) -> None:
+          plgpu.barrier_arrive(self.consumed.at[slot])
+
     def score(*accs: Ref) -> list[jax.Array]:
       for acc, tiles in zip(accs, keys, strict=True):
         for m in blocks:
@@ -206,6 +215,9 @@ class AttentionPhase(Stream):
 
     acc_type = plgpu.ACC((TILE, 8), F32)
     scores = pl.run_scoped(score, *[acc_type] * plan.tiles_at_once)
+    if g.head_dim != TILE:
+      # The keys have been read, and their slots hold nothing else.
+      free(0)
     # Powers are of 2, which is what there is an instruction for.
     scale = F32(g.head_dim**-0.5 * math.log2(math.e))
     key = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA) + t * TILE
@@ -235,15 +247,7 @@ class AttentionPhase(Stream):
       return [acc[...] for acc in accs]
 
     weighted = pl.run_scoped(weigh, *[acc_type] * len(blocks))
-    # What was patched was committed before it was read, and so comes before the
-    # slot's next load, too.
-    for n, tile_slots in enumerate(slots):
-
-      @pl.when(n < left)
-      def _(tile_slots: list[Index] = tile_slots) -> None:
-        for slot in tile_slots:
-          plgpu.barrier_arrive(self.consumed.at[slot])
-
+    free(-1)
     out = [x * shrink + y for x, y in zip(out, weighted, strict=True)]
     return (new_most, total, *out)
 

@@ -191,8 +191,8 @@ def _merge_nothing(self, item, num_parts, stamp, state):
   return state
 
 
-def _merge_the_layers_before(self, item, num_parts, stamp, state):
-  return kernel.Cta.merge(self, item, num_parts, stamp - 1, state)
+def _merge_the_next_layers(self, item, num_parts, stamp, state):
+  return kernel.Cta.merge(self, item, num_parts, stamp + 1, state)
 
 
 def _other_angles(operands):
@@ -306,8 +306,8 @@ _FAULTS = {
       )
     ),
   ),
-  "parts of the layer before are taken": _Fault(
-    _SPLIT_KEYS, "deadlock", _instead(merge=_merge_the_layers_before)
+  "the next layer's parts are awaited": _Fault(
+    _SPLIT_KEYS, "deadlock", _instead(merge=_merge_the_next_layers)
   ),
   "the angles of the next position": _Fault(
     _FEW_KEYS, "new rows", perturb=_other_angles
