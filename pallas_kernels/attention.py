@@ -1,10 +1,13 @@
 """The attention phase: one new token of a sequence against its cache.
 
 An item is one KV head of one sequence, or a part of its keys. Keys are the
-operand with 64 rows, the group's queries the one with 8; softmax is taken tile
-by tile, with a running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867),
-and parts are merged in their order (Dao et al. 2023, Flash-Decoding).
+operand with 64 rows, the group's queries the one with 8; softmax is taken a
+few tiles at a time, with a running maximum (Milakov and Gimelshein 2018, arXiv
+1805.02867), and parts are merged in their order (Dao et al. 2023, Flash-Decoding).
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, words
+from pallas_kernels import fragments, mosaic, words
+from pallas_kernels.fragments import State
 from pallas_kernels.geometry import CHUNK_ROWS, TILE
 from pallas_kernels.layouts import (
   BF16,
@@ -20,16 +24,13 @@ from pallas_kernels.layouts import (
   I32,
   Index,
   Ref,
-  fori,
   repeat_rows,
-  rows_layout,
 )
-from pallas_kernels.plan import ATTENTION, MASKED, PARTS_AT_ONCE
+from pallas_kernels.plan import ATTENTION, MASKED
 from pallas_kernels.schedule import split_of
 from pallas_kernels.stream import Stream
 
 _WGMMA = plgpu.Layout.WGMMA
-_HALF = TILE // 2
 
 
 class AttentionPhase(Stream):
@@ -62,15 +63,21 @@ class AttentionPhase(Stream):
       with self.span("fill"):
         self.receive_new(b, head, stamp)
       zero = plgpu.layout_cast(jnp.zeros((TILE, 8), F32), _WGMMA)
+      at_once = plan.tiles_at_once
       with self.span("multiply"):
         most, total, *out = lax.fori_loop(
-          first,
-          end,
-          lambda t, state: self.attend_tile(
-            i + (t - first) * slots_per_tile, t, b, head, state
+          0,
+          (end - first + at_once - 1) // at_once,
+          lambda n, state: self.attend_tiles(
+            i + n * (at_once * slots_per_tile),
+            first + n * at_once,
+            end,
+            b,
+            state,
           ),
           (zero + F32(MASKED), zero, *[zero] * slots_per_tile),
         )
+        total = repeat_rows(jnp.sum(total, axis=0), (TILE, 8), _WGMMA)
 
       # The split with the last tile writes the new key and value: after that
       # tile has come, and before others may go on to the next layer's.
@@ -78,41 +85,25 @@ class AttentionPhase(Stream):
       def _() -> None:
         self.extend_cache(layer, b, head, position)
 
-      # Maximum and sum are the same in all rows: they share a tile.
-      upper = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA) < _HALF
-      for n, value in enumerate((jnp.where(upper, most, total), *out)):
-        mosaic.store(
-          self.state.at[:, pl.ds(n * TILE, TILE)].transpose((1, 0)),
-          plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED),
-        )
+      first_word, row_words = plan.exchanges["parts"]
 
       @pl.when(split > 0)
       def _() -> None:
-        first_word, row_words = plan.exchanges["parts"]
-        words.send(
+        fragments.send_part(
           self.words,
           first_word + item * row_words,
-          self.state,
-          0,
-          h + TILE,
           stamp,
-          num_rows=self.geometry.group,
-          target_stride=h + TILE,
+          (most, total, *out),
+          plan.part,
         )
 
       @pl.when(split == 0)
       def _() -> None:
         with self.span("finish"):
-          fori(
-            0,
-            (num_splits - 1 + PARTS_AT_ONCE - 1) // PARTS_AT_ONCE,
-            lambda n: self.merge(
-              item + 1 + n * PARTS_AT_ONCE,
-              jnp.minimum(num_splits - 1 - n * PARTS_AT_ONCE, PARTS_AT_ONCE),
-              stamp,
-            ),
-          )
-          self.send_attended(b, head, stamp)
+          state = (most, total, *out)
+          if plan.splits > 1:
+            state = self.merge(item + 1, num_splits - 1, stamp, state)
+          self.send_attended(b, head, stamp, state)
 
     return i + jnp.maximum(end - first, 0) * slots_per_tile
 
@@ -142,50 +133,66 @@ class AttentionPhase(Stream):
     # `wgmma` and bulk stores read what has been received.
     plgpu.commit_smem()
 
-  def attend_tile(
-    self,
-    i: Index,
-    t: Index,
-    b: Index,
-    head: Index,
-    state: tuple[jax.Array, ...],
-  ) -> tuple[jax.Array, ...]:
-    """Takes in the 64 keys of tile t, which begin at index i of the stream.
+  def attend_tiles(
+    self, i: Index, t: Index, end: Index, b: Index, state: State
+  ) -> State:
+    """Takes in the next tiles of 64 keys, as many as go at once.
+
+    All scores are there before the weights of any key are, so that only one
+    maximum goes from warp to warp. Where there are fewer tiles left, the last
+    one takes the place of those that are missing, and its keys are masked there:
+    no other slot of the ring is read, or waited for.
 
     Args:
       i: index in the stream.
-      t: tile.
+      t: the first tile, which begins at index i.
+      end: one after the last tile of this split.
       b: sequence.
-      head: KV head.
-      state: running maximum and sum of the weights, repeated in every row, and
-        the weighted values so far, `[64, 8]` for each 64 of H.
+      state: running maximum, the same in every row; for each thread the sum of
+        its own keys' weights; and the weighted values so far, `[64, 8]` for each
+        64 of H.
 
     Returns:
       The next state.
     """
     g, plan = self.geometry, self.plan
-    parts = range(g.head_dim // TILE)
+    blocks = range(g.head_dim // TILE)
     position = self.positions[b]
-    k_slot = lax.rem(i, I32(plan.num_slots))
-    if g.head_dim == TILE:
-      v_slot = k_slot
-      k_tiles = [self.ring.at[k_slot, pl.ds(0, TILE)]]
-      v_tiles = [self.ring.at[k_slot, pl.ds(TILE, TILE)]]
-    else:
-      v_slot = lax.rem(i + 1, I32(plan.num_slots))
-      k_tiles, v_tiles = (
-        [self.ring.at[slot, pl.ds(n * TILE, TILE)] for n in parts]
-        for slot in (k_slot, v_slot)
-      )
-    # The tile's keys and values have arrived.
+    left = end - t
+    slots, keys, values = [], [], []
+    for n in range(plan.tiles_at_once):
+      at = i + jnp.minimum(n, left - 1) * len(blocks)
+      k_slot = lax.rem(at, I32(plan.num_slots))
+      if g.head_dim == TILE:
+        slots.append([k_slot])
+        keys.append([self.ring.at[k_slot, pl.ds(0, TILE)]])
+        values.append([self.ring.at[k_slot, pl.ds(TILE, TILE)]])
+        continue
+      slots.append([k_slot, lax.rem(at + 1, I32(plan.num_slots))])
+      for tiles, slot in zip((keys, values), slots[-1], strict=True):
+        tiles.append(
+          [self.ring.at[slot, pl.ds(m * TILE, TILE)] for m in blocks]
+        )
+
+    # The tiles' keys and values have arrived.
     with self.span("ring_empty"):
-      plgpu.barrier_wait(self.produced.at[k_slot])
-      if g.head_dim != TILE:
-        plgpu.barrier_wait(self.produced.at[v_slot])
+      for n, tile_slots in enumerate(slots):
+
+        @pl.when(n < left)
+        def _(tile_slots: list[Index] = tile_slots) -> None:
+          for slot in tile_slots:
+            plgpu.barrier_wait(self.produced.at[slot])
 
     # The new token is not in the cache yet.
-    @pl.when(t == position // TILE)
+    newest = position // TILE
+    ahead = newest - t
+
+    @pl.when((newest < end) & (ahead < plan.tiles_at_once))
     def _() -> None:
+      k_slot, v_slot = (
+        lax.rem(i + ahead * len(blocks) + m, I32(plan.num_slots))
+        for m in (0, len(blocks) - 1)
+      )
       first_row = k_slot * CHUNK_ROWS
       words.patch(
         self.ring,
@@ -197,49 +204,59 @@ class AttentionPhase(Stream):
       )
       plgpu.commit_smem()
 
-    def score(acc: Ref) -> jax.Array:
-      for n in parts:
-        q = self.q.at[:, pl.ds(n * TILE, TILE)]
-        plgpu.wgmma(acc, k_tiles[n], q.transpose((1, 0)))
+    # What was patched was committed before it was read, and so comes before the
+    # slot's next load, too.
+    def free(which: int) -> None:
+      for n, tile_slots in enumerate(slots):
+
+        @pl.when(n < left)
+        def _(slot: Index = tile_slots[which]) -> None:
+          plgpu.barrier_arrive(self.consumed.at[slot])
+
+    def score(*accs: Ref) -> list[jax.Array]:
+      for acc, tiles in zip(accs, keys, strict=True):
+        for m in blocks:
+          q = self.q.at[:, pl.ds(m * TILE, TILE)]
+          plgpu.wgmma(acc, tiles[m], q.transpose((1, 0)))
       plgpu.wgmma_wait(0)
-      return acc[...]
+      return [acc[...] for acc in accs]
 
-    scores = pl.run_scoped(score, plgpu.ACC((TILE, 8), F32))
-    scores = scores * F32(g.head_dim**-0.5)
-    key = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA)
-    scores = jnp.where(key + t * TILE <= position, scores, F32(MASKED))
-    most, total, *out = state
-    new_most = jnp.maximum(
-      most, repeat_rows(jnp.max(scores, axis=0), (TILE, 8), _WGMMA)
-    )
-    shrink = jnp.exp(most - new_most)
-    weights = jnp.exp(scores - new_most)
-    total = total * shrink + repeat_rows(
-      jnp.sum(weights, axis=0), (TILE, 8), _WGMMA
-    )
-    mosaic.store(
-      self.p.transpose((1, 0)),
-      plgpu.layout_cast(weights.astype(BF16), plgpu.Layout.WGMMA_TRANSPOSED),
-    )
-    plgpu.commit_smem()
-
-    def weigh(acc: Ref, v_tile: Ref) -> jax.Array:
-      plgpu.wgmma(acc, v_tile.transpose((1, 0)), self.p.transpose((1, 0)))
-      plgpu.wgmma_wait(0)
-      return acc[...]
-
-    for n in parts:
-      weighted = pl.run_scoped(
-        lambda acc, v_tile=v_tiles[n]: weigh(acc, v_tile),
-        plgpu.ACC((TILE, 8), F32),
-      )
-      out[n] = out[n] * shrink + weighted
-    # The slot may have been patched: what comes next by bulk load must not be
-    # overtaken by that.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(self.consumed.at[k_slot])
+    acc_type = plgpu.ACC((TILE, 8), F32)
+    scores = pl.run_scoped(score, *[acc_type] * plan.tiles_at_once)
     if g.head_dim != TILE:
-      plgpu.barrier_arrive(self.consumed.at[v_slot])
+      # The keys have been read, and their slots hold nothing else.
+      free(0)
+    # Powers are of 2, which is what there is an instruction for.
+    scale = F32(g.head_dim**-0.5 * math.log2(math.e))
+    key = plgpu.broadcasted_iota(I32, (TILE, 8), 0, layout=_WGMMA) + t * TILE
+    last = jnp.minimum(position, end * TILE - 1)
+    scores = [
+      jnp.where(key + n * TILE <= last, x * scale, F32(MASKED))
+      for n, x in enumerate(scores)
+    ]
+    most, total, *out = state
+    top = functools.reduce(jnp.maximum, scores)
+    new_most = jnp.maximum(
+      most, repeat_rows(jnp.max(top, axis=0), (TILE, 8), _WGMMA)
+    )
+    shrink = jnp.exp2(most - new_most)
+    total = total * shrink
+    weights = [jnp.exp2(x - new_most) for x in scores]
+    total = functools.reduce(jnp.add, weights, total)
+    fragments.store_weights(weights, self.p)
+    plgpu.commit_smem()
+
+    def weigh(*accs: Ref) -> list[jax.Array]:
+      for m, acc in enumerate(accs):
+        for n, tiles in enumerate(values):
+          p = self.p.at[:, pl.ds(n * TILE, TILE)]
+          plgpu.wgmma(acc, tiles[m].transpose((1, 0)), p.transpose((1, 0)))
+      plgpu.wgmma_wait(0)
+      return [acc[...] for acc in accs]
+
+    weighted = pl.run_scoped(weigh, *[acc_type] * len(blocks))
+    free(-1)
+    out = [x * shrink + y for x, y in zip(out, weighted, strict=True)]
     return (new_most, total, *out)
 
   def extend_cache(
@@ -252,58 +269,44 @@ class AttentionPhase(Stream):
         cache.at[layer, b, head, pl.ds(position, 1)],
       )
 
-  def merge(self, item: Index, num_parts: Index, stamp: Index) -> None:
-    """Adds the next parts of the same head's keys to `state`, in their order."""
+  def merge(
+    self, item: Index, num_parts: Index, stamp: Index, state: State
+  ) -> State:
+    """Adds the next parts of the same head's keys, in their order.
+
+    Args:
+      item: the first part's.
+      num_parts: how many.
+      stamp: of this layer.
+      state: of the keys before.
+
+    Returns:
+      The state of all of them.
+    """
     first, row_words = self.plan.exchanges["parts"]
-    group = self.geometry.group
-    words.receive(
+    return fragments.merge_parts(
       self.words,
+      first + item * row_words,
+      num_parts,
       stamp,
-      words.Wanted(
-        self.part,
-        first + item * row_words,
-        row_words=row_words // group,
-        num_rows=PARTS_AT_ONCE * group,
-        valid=num_parts * row_words,
-      ),
+      state,
+      self.plan.part,
     )
 
-    def add(j: Index) -> None:
-      # Rows after the group's are the next part's, and mean nothing here.
-      part = self.part.at[pl.ds(j * group, 8)]
-      ours, theirs = self.pieces(self.state), self.pieces(part)
-      most = jnp.maximum(ours[0], theirs[0])
-      shrink_ours, shrink_theirs = (
-        jnp.exp(x[0] - most) for x in (ours, theirs)
-      )
-      merged = [
-        x * shrink_ours + y * shrink_theirs
-        for x, y in zip(ours[1:], theirs[1:], strict=True)
-      ]
-      for n, value in enumerate((most, *merged)):
-        mosaic.store(self.state.at[:, pl.ds(n * _HALF, _HALF)], value)
-
-    fori(0, num_parts, add)
-
-  def pieces(self, state: Ref) -> list[jax.Array]:
-    """Returns maximum, sum and weighted values, each `[8, 32]`, of a state."""
-    return [
-      plgpu.load(
-        state.at[:, pl.ds(n * _HALF, _HALF)],
-        layout=rows_layout(_HALF),
-        optimized=False,
-      )
-      for n in range((self.geometry.head_dim + TILE) // _HALF)
-    ]
-
-  def send_attended(self, b: Index, head: Index, stamp: Index) -> None:
+  def send_attended(
+    self, b: Index, head: Index, stamp: Index, state: State
+  ) -> None:
     """Sends a KV head's result, a row of H for each query of its group."""
     g = self.geometry
     first, row_words = self.plan.exchanges["attended"]
-    _, total, *out = self.pieces(self.state)
+    _, total, *out = state
     for n, value in enumerate(out):
-      target = self.attended.at[:, pl.ds(n * _HALF, _HALF)]
-      mosaic.store(target, (value / total).astype(BF16))
+      mosaic.store(
+        self.attended.at[:, pl.ds(n * TILE, TILE)].transpose((1, 0)),
+        plgpu.layout_cast(
+          (value / total).astype(BF16), plgpu.Layout.WGMMA_TRANSPOSED
+        ),
+      )
     words.send(
       self.words,
       first + b * row_words + head * (g.group * g.head_dim // 4),

@@ -53,10 +53,8 @@ class CtaBase:
   residual: Ref
   squares: Ref
   cos_sin: Ref
-  state: Ref
   attended: Ref
   new: Ref
-  part: Ref
   best: Ref
   candidates: Ref
   produced: Ref

@@ -18,6 +18,7 @@ H head size, F MLP width, V vocabulary, S cache slots, P CTAs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -207,40 +208,42 @@ def _swiglu(y: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _attend_tile(
+def _attend_tiles(
   state: _State, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 ) -> _State:
-  """Adds one tile of keys to the online softmax of one KV head.
+  """Adds a few tiles of keys to the online softmax of one KV head.
 
   Args:
-    state: running maximum `[8, 1]`, sum `[8, 1]` and output `[8, H]`, float32.
+    state: running maximum `[8, 1]`, in powers of 2, sum `[8, 1]` and output
+      `[8, H]`, float32.
     q: `[8, H]` bfloat16, the G queries and whatever comes after them.
-    k: `[64, H]` bfloat16.
-    v: `[64, H]` bfloat16.
+    k: `[n, H]` bfloat16.
+    v: `[n, H]` bfloat16.
     visible: how many of the keys, int32 scalar.
   """
   top, total, out = state
-  scores = _dot("gh,sh->gs", q, k) * np.float32(q.shape[1] ** -0.5)
-  seen = jnp.arange(TILE, dtype=jnp.int32) < visible
+  scale = np.float32(q.shape[1] ** -0.5 * math.log2(math.e))
+  scores = _dot("gh,sh->gs", q, k) * scale
+  seen = jnp.arange(k.shape[0], dtype=jnp.int32) < visible
   scores = jnp.where(seen[None, :], scores, np.float32(MASKED))
   new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-  alpha = jnp.exp(top - new_top)
-  p = jnp.exp(scores - new_top)
+  alpha = jnp.exp2(top - new_top)
+  p = jnp.exp2(scores - new_top)
   total = total * alpha + jnp.sum(p, axis=1, keepdims=True)
   out = out * alpha + _dot("gs,sh->gh", p.astype(jnp.bfloat16), v)
   return new_top, total, out
 
 
 @jax.jit
-def _merge(ours: _State, theirs: _State) -> _State:
-  """Joins the attention of two sets of keys."""
-  top = jnp.maximum(ours[0], theirs[0])
-  alpha, beta = jnp.exp(ours[0] - top), jnp.exp(theirs[0] - top)
-  return (
-    top,
-    ours[1] * alpha + theirs[1] * beta,
-    ours[2] * alpha + theirs[2] * beta,
-  )
+def _merge(ours: _State, theirs: list[_State]) -> _State:
+  """Adds the attention of some sets of keys to that of another."""
+  top = functools.reduce(jnp.maximum, [x[0] for x in theirs], ours[0])
+  weight = jnp.exp2(ours[0] - top)
+  total, out = (x * weight for x in ours[1:])
+  for part in theirs:
+    weight = jnp.exp2(part[0] - top)
+    total, out = total + part[1] * weight, out + part[2] * weight
+  return top, total, out
 
 
 def _products(chunks: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -483,7 +486,10 @@ class _Step:
         come = [part for part in parts if part is not None]
         if parts[0] is None or len(come) != num_splits:
           raise ValueError(f"{len(come)} of {num_splits} splits do anything")
-        _, total, out = functools.reduce(_merge, come)
+        state, *come = come
+        for n in range(0, len(come), plan.part.at_once):
+          state = _merge(state, come[n : n + plan.part.at_once])
+        _, total, out = state
         start = head * g.group * g.head_dim
         self._attended[b, start : start + g.group * g.head_dim] = _sent(
           out / total
@@ -509,15 +515,19 @@ class _Step:
       jnp.zeros((MAX_BATCH, g.head_dim), jnp.float32),
     )
     caches = self._k_cache[layer, b, head], self._v_cache[layer, b, head]
-    for tile in range(first, end):
-      k, v = (x[tile * TILE : (tile + 1) * TILE] for x in caches)
-      if tile == tiles - 1:
+    at_once = self._plan.tiles_at_once * TILE
+    for begin in range(first * TILE, end * TILE, at_once):
+      num_keys = min(at_once, end * TILE - begin)
+      # What takes the place of missing tiles is not seen.
+      k, v = np.zeros((2, at_once, g.head_dim), _BF16)
+      for x, cache, entry in zip((k, v), caches, new, strict=True):
+        x[:num_keys] = cache[begin : begin + num_keys]
         # The new token is not in the cache yet.
-        k, v = k.copy(), v.copy()
-        k[position % TILE], v[position % TILE] = new
-        k[position % TILE + 1 :] = v[position % TILE + 1 :] = 0
-      visible = np.int32(min(TILE, position + 1 - tile * TILE))
-      state = _attend_tile(state, q, k, v, visible)
+        at = position - begin
+        if at < num_keys:
+          x[at], x[at + 1 :] = entry, 0
+      visible = np.int32(min(num_keys, position + 1 - begin))
+      state = _attend_tiles(state, q, k, v, visible)
     # The split with the last tile writes the new key and value.
     if end == tiles and self._active[b] > 0:
       for cache, entry in zip(caches, new, strict=True):

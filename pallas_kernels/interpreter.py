@@ -3,7 +3,7 @@
 Everything here leans on private parts of JAX 0.11; the kernel itself does not
 import this module. `install` adds to the interpreter:
 
-* the programs of `words`. Words order nothing but themselves, so the race
+* the programs of `words` and `fragments`. Words order nothing but themselves, so the race
   detector learns nothing from them;
 * an error instead of a hang when a wait can not end;
 * `wgmma` operands as reads in the eyes of the race detector.
@@ -26,8 +26,8 @@ import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import words
-from pallas_kernels.geometry import SEGMENTS
+from pallas_kernels import fragments, parts, words
+from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.plan import WARPS
 
 # A wait that has not ended by then never will.
@@ -451,11 +451,117 @@ def _run_patch(
         run.write(ring, (slot, begin + row + 1, 0), zeros)
 
 
-_PROGRAMS: dict[Any, Callable[..., None]] = {
+def _part_words(part: parts.Part) -> list[np.ndarray]:
+  """Returns the words `[64, columns that are sent]` of each array of a state."""
+  row, col = np.ogrid[:TILE, : 2 * part.pairs]
+  every_row = 0 * row
+  return [
+    part.most(col) + every_row,
+    part.total(col) + every_row,
+    *(part.value(n, row, col) for n in range(part.blocks)),
+  ]
+
+
+def _run_send_part(
+  what: fragments.SendPart,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  *state: np.ndarray,
+) -> None:
+  del refs
+  first, stamp = scalars
+  for n, (word, x) in enumerate(
+    zip(_part_words(what.part), state, strict=True)
+  ):
+    # Maxima and sums are the same in all rows, and are sent once.
+    rows = slice(0, 1 if n < 2 else TILE)
+    bits = np.ascontiguousarray(x[rows, : word.shape[1]]).view(np.uint32)
+    run.words.send(first + word[rows].ravel(), bits.ravel(), stamp)
+
+
+def _run_merge_parts(
+  what: fragments.MergeParts,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  *state: np.ndarray,
+) -> list[np.ndarray]:
+  del refs
+  first, count, stamp = scalars
+  words_of = _part_words(what.part)
+  most, total, *out = (np.array(x) for x in state)
+
+  def come(j: int) -> list[np.ndarray]:
+    found = []
+    for word, x in zip(words_of, state, strict=True):
+      # Queries that pad the group mean nothing.
+      values = np.zeros_like(x)
+      payload = run.words.receive(
+        first + j * what.part.num_words + word.ravel(),
+        stamp,
+        4,
+        run.memory.check_failed,
+        run.where,
+      )
+      values[:, : word.shape[1]] = payload.view(np.float32).reshape(word.shape)
+      found.append(values)
+    return found
+
+  with np.errstate(all="ignore"):
+    for begin in range(0, count, what.part.at_once):
+      end = min(count, begin + what.part.at_once)
+      some = [come(j) for j in range(begin, end)]
+      new = functools.reduce(np.maximum, [x[0] for x in some], most)
+      shrink, most = np.exp2(most - new), new
+      total, *out = (x * shrink for x in (total, *out))
+      for top, *theirs in some:
+        weight = np.exp2(top - most)
+        total, *out = (
+          x + y * weight for x, y in zip((total, *out), theirs, strict=True)
+        )
+  return [most, total, *out]
+
+
+def _run_store_own(
+  what: fragments.StoreOwn,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  products: np.ndarray,
+) -> None:
+  (sums,) = refs
+  at = scalars[0] * TILE
+  row = np.arange(TILE)
+  for b in range(what.batch):
+    own = products[row, SEGMENTS * b + what.column(row)][None]
+    if what.adds:
+      own = own + run.read(sums, (b, at), (1, TILE))
+    run.write(sums, (b, at), own)
+
+
+def _run_store_weights(
+  what: fragments.StoreWeights,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  *weights: np.ndarray,
+) -> None:
+  del what, scalars
+  (p,) = refs
+  values = np.concatenate(weights).T.astype(p[3])
+  run.write(p, (0, 0), np.ascontiguousarray(values))
+
+
+_PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   words.Send: _run_send,
   tuple: _run_receive,
   words.Embed: _run_embed,
   words.Patch: _run_patch,
+  fragments.SendPart: _run_send_part,
+  fragments.MergeParts: _run_merge_parts,
+  fragments.StoreOwn: _run_store_own,
+  fragments.StoreWeights: _run_store_weights,
 }
 
 
@@ -467,6 +573,7 @@ def _run_words(
   keys: Sequence[Any],
   transforms: Sequence[Any],
   scalars: Sequence[Any],
+  arrays: Sequence[Any],
   what: Any,
   kinds: Sequence[Any],
   where: str,
@@ -477,8 +584,14 @@ def _run_words(
     for key, t, kind in zip(keys, transforms, kinds, strict=True)
   ]
   run = _Threads(token, mesh_location, thread, where, source, refs[0])
-  _PROGRAMS[type(what)](what, run, refs, [int(x) for x in scalars])
-  return token
+  results = _PROGRAMS[type(what)](
+    what,
+    run,
+    refs,
+    [int(x) for x in scalars],
+    *(np.asarray(x) for x in arrays),
+  )
+  return token, results or []
 
 
 def _interpret_words(
@@ -490,19 +603,21 @@ def _interpret_words(
   all_transforms = jax.tree.unflatten(
     params["pytree_ref_transforms"], invals[num:]
   )
-  keys, transforms, scalars, kinds = [], [], [], []
+  keys, transforms, kinds = [], [], []
+  scalars: list[Any] = []
+  arrays: list[Any] = []
   for var, value, transform in zip(
     eqn.invars[:num], invals[:num], all_transforms, strict=True
   ):
     if transform is None:
-      scalars.append(value)
+      (arrays if value.ndim else scalars).append(value)
       continue
     key, resolved = jx.interpreter.resolve_ref(var.aval, value, transform)
     view = _view(var.aval, transform)
     keys.append(key)
     transforms.append(tuple(resolved))
     kinds.append((view.shape, np.dtype(view.dtype)))
-  token = _callback(
+  return _callback(
     functools.partial(
       _run_words,
       what=params["mgpu_fn"].what,
@@ -510,21 +625,23 @@ def _interpret_words(
       where=_location(eqn),
       source=eqn.source_info,
     ),
+    [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars],
     token=token,
     mesh_location=self.mesh_location,
     thread=self.thread,
     keys=keys,
     transforms=transforms,
     scalars=scalars,
+    arrays=arrays,
   )
-  return token, []
 
 
-def _callback(fn: Callable[..., Any], **kwargs: Any) -> Any:
+def _callback(fn: Callable[..., Any], results: Any, **kwargs: Any) -> Any:
+  """Calls back and returns the next token, and results."""
   jx = _private()
   return jx.callback.io_callback(
     jx.callbacks.fail_on_exception(fn),
-    jx.callbacks.TOKEN_SHAPE_DTYPE,
+    (jx.callbacks.TOKEN_SHAPE_DTYPE, results),
     **kwargs,
   )
 

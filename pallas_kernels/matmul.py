@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, words
+from pallas_kernels import fragments, mosaic, words
 from pallas_kernels.activations import Activations
 from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, Index, Ref, fori
@@ -17,7 +17,6 @@ from pallas_kernels.plan import GROUP_ROWS, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul
 from pallas_kernels.stream import Stream
 
-_WGMMA = plgpu.Layout.WGMMA
 _PAIRS = GROUP_ROWS // 2
 # Results of two lanes each: 64 rows of 8 segments, and 32 pairs of rows.
 _ROWS_OF_8 = plgpu.Layout.TILED(
@@ -134,52 +133,36 @@ class MatmulPhases(Stream, Activations):
       u: the unit's number in its group.
       adds: whether there is a sum already.
     """
-    batch = self.plan.batch
 
     def accumulate(acc: Ref) -> jax.Array:
       def step(j: Index) -> None:
-        def use(chunk: Ref) -> None:
-          for half in range(2):
-            plgpu.wgmma(
-              acc,
-              chunk.at[pl.ds(half * TILE, TILE)],
-              self.x.at[:, pl.ds(j * CHUNK_COLS + half * TILE, TILE)].transpose(
-                (1, 0)
-              ),
-            )
-          plgpu.wgmma_wait(0)
+        chunk = self.ring.at[self.arrived(i + j)]
+        for half in range(2):
+          plgpu.wgmma(
+            acc,
+            chunk.at[pl.ds(half * TILE, TILE)],
+            self.x.at[:, pl.ds(j * CHUNK_COLS + half * TILE, TILE)].transpose(
+              (1, 0)
+            ),
+          )
 
-        self.consume(i + j, use)
+        # Products end in their order. All have but for this chunk's two: the
+        # chunk before has been read, while the tensor cores go on.
+        plgpu.wgmma_wait(2)
+
+        @pl.when(j > 0)
+        def _() -> None:
+          self.free(i + j - 1)
 
       fori(0, num_chunks, step)
+      plgpu.wgmma_wait(0)
+      self.free(i + num_chunks - 1)
       return acc[...]
 
     products = pl.run_scoped(
-      accumulate, plgpu.ACC((TILE, SEGMENTS * batch), F32)
+      accumulate, plgpu.ACC((TILE, SEGMENTS * self.plan.batch), F32)
     )
-    shape = (TILE, SEGMENTS)
-    row, col = (
-      plgpu.broadcasted_iota(I32, shape, axis, layout=_WGMMA) for axis in (0, 1)
-    )
-    own = self.own_segment(row, col)
-    for b in range(batch):
-      of_one = products
-      if batch > 1:
-        of_one = lax.slice(
-          products, (0, b * SEGMENTS), (TILE, (b + 1) * SEGMENTS)
-        )
-      # A row's segment meets its own columns only.
-      sums = jnp.sum(jnp.where(own, of_one, F32(0)), axis=1)
-      target = self.sums.at[b, pl.ds(u * TILE, TILE)]
-      if adds:
-        sums = sums + plgpu.load(
-          target, layout=_WGMMA.reduce(1), optimized=False
-        )
-      mosaic.store(target, sums)
-
-  def own_segment(self, row: jax.Array, col: jax.Array) -> jax.Array:
-    """Says which products are of a segment with its own columns."""
-    return lax.rem(row, I32(SEGMENTS)) == col
+    fragments.store_own(products, self.sums, u, adds=adds)
 
   def result(self, b: Index) -> jax.Array:
     """Returns a group's 64 results."""

@@ -4,12 +4,15 @@ Written against JAX 0.11.2. The rest of the package uses `jax`, `pl` and `plgpu`
 by their public names.
 """
 
+import dataclasses
 import functools
 import importlib
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MIN_JAX = (0, 11)
@@ -60,6 +63,7 @@ def _mlir() -> types.SimpleNamespace:
     arith="jax._src.lib.mlir.dialects.arith",
     llvm="jax._src.lib.mlir.dialects.llvm",
     utils="jax.experimental.mosaic.gpu.utils",
+    fragmented_array="jax.experimental.mosaic.gpu.fragmented_array",
   )
   found = {}
   for name, path in paths.items():
@@ -157,17 +161,75 @@ def warpgroup_barrier() -> None:
   _mlir().utils.warpgroup_barrier()
 
 
-def asm(code: str, *operands: Int) -> None:
-  """Emits PTX that reads its operands: `$0`, `$1` and so on."""
+def asm(code: str, *operands: Any, num_f32_results: int = 0) -> list[Any]:
+  """Emits PTX with operands `$0`, `$1` and so on, the results first.
+
+  Args:
+    code: what to emit.
+    *operands: what it reads.
+    num_f32_results: how many values it sets.
+
+  Returns:
+    These values.
+  """
   m = _mlir()
-  constraints = ",".join(
-    "l" if x.value.type == m.ir.IntegerType.get_signless(64) else "r"
-    for x in operands
-  )
-  m.llvm.inline_asm(
-    m.ir.Type.parse("!llvm.void"),
+  letters = {
+    m.ir.IntegerType.get_signless(64): "l",
+    m.ir.IntegerType.get_signless(32): "r",
+    m.ir.F32Type.get(): "f",
+  }
+  constraints = ["=f"] * num_f32_results
+  constraints += [letters[x.value.type] for x in operands]
+  results = ", ".join(["f32"] * num_f32_results)
+  found = m.llvm.inline_asm(
+    m.ir.Type.parse(f"!llvm.struct<({results})>" if results else "!llvm.void"),
     [x.value for x in operands],
     code,
-    f"{constraints},~{{memory}}",
+    ",".join([*constraints, "~{memory}"]),
     has_side_effects=True,
+  )
+  f32 = m.ir.F32Type.get()
+  return [
+    Register(m.llvm.extractvalue(f32, found, [k]))
+    for k in range(num_f32_results)
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Register:
+  """A float32 of a thread."""
+
+  value: Any
+
+
+def registers(array: Any) -> list[Register]:
+  """Returns what a thread holds of `[64, n]` float32, a result of `wgmma`.
+
+  For each 8 columns two of the first of its rows, then two of the second.
+  """
+  m = _mlir()
+  i32 = m.ir.IntegerType.get_signless(32)
+  return [
+    Register(m.llvm.extractelement(pair, m.utils.c(k, i32)))
+    for pair in array.registers.flat
+    for k in range(2)
+  ]
+
+
+def wgmma_array(values: Sequence[Register]) -> Any:
+  """Returns `[64, n]` of such values, as an array."""
+  m = _mlir()
+  f32, i32 = m.ir.F32Type.get(), m.ir.IntegerType.get_signless(32)
+  layout = plgpu.Layout.WGMMA.to_mgpu()
+  pairs = []
+  for at in range(0, len(values), 2):
+    pair = m.llvm.mlir_undef(m.ir.VectorType.get((2,), f32))
+    for k in range(2):
+      pair = m.llvm.insertelement(pair, values[at + k].value, m.utils.c(k, i32))
+    pairs.append(pair)
+  shape = layout.registers_shape((64, 2 * len(values)))
+  return m.fragmented_array.FragmentedArray(
+    _registers=np.array(pairs, dtype=object).reshape(shape),
+    _layout=layout,
+    _is_signed=None,
   )

@@ -27,8 +27,9 @@ from pallas_kernels.geometry import (
   UnsupportedError,
   round_up,
 )
+from pallas_kernels.parts import Part
 from pallas_kernels.schedule import (
-  MIN_TILES_PER_SPLIT,
+  TILES_AT_ONCE,
   Matmul,
   Schedule,
   make_schedule,
@@ -59,9 +60,7 @@ _REDUCTION_BYTES = 2048
 # Activations that do not fit in this come in blocks.
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
-INSTEAD_OF_X = ("state", "part", "attended", "candidates")
-# Parts of a head's keys of which the results are loaded together.
-PARTS_AT_ONCE = 4
+INSTEAD_OF_X = ("p", "attended", "candidates")
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -91,7 +90,7 @@ class Plan:
   @property
   def splits(self) -> int:
     """Into how many parts the keys of a KV head may be cut."""
-    most = -(-self.capacity // (TILE * MIN_TILES_PER_SPLIT))
+    most = -(-self.capacity // (TILE * TILES_AT_ONCE))
     return min(most, max_splits(self.geometry, self.batch, self.num_ctas))
 
   @property
@@ -99,6 +98,17 @@ class Plan:
     """Parts of attention that may be given out."""
     g = self.geometry
     return self.batch * g.num_key_value_heads * self.splits
+
+  @property
+  def tiles_at_once(self) -> int:
+    """Tiles of keys that are waited for together; one slot stays free."""
+    slots_per_tile = self.geometry.head_dim // TILE
+    return max(1, min(TILES_AT_ONCE, (self.num_slots - 1) // slots_per_tile))
+
+  @property
+  def part(self) -> Part:
+    """How CTAs send what they make of a part of a head's keys."""
+    return Part(self.geometry.head_dim, self.geometry.group)
 
   @property
   def x_chunks(self) -> int:
@@ -133,7 +143,7 @@ class Plan:
       output=(self.batch, g.hidden_rows // 4),
       parts=(
         self.num_items if self.splits > 1 else 0,
-        g.group * (g.head_dim + TILE),
+        self.part.num_words,
       ),
       candidates=(2 * self.batch, self.candidate_cols),
     )
@@ -252,23 +262,20 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   g, b = plan.geometry, plan.batch
   f32, bf16 = jnp.float32, jnp.bfloat16
   own_rows = round_up(plan.schedule.o.run * UNIT_ROWS, GROUP_ROWS)
-  parts = PARTS_AT_ONCE * g.group + 8 if plan.splits > 1 else 8
   # Pairs of a group may begin anywhere in a head and end in the next.
   angles = g.head_dim // 2 + GROUP_ROWS // 2
   return dict(
     x=((b * SEGMENTS, plan.x_chunks * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
-    p=((8, TILE), bf16),
+    p=((8, TILES_AT_ONCE * TILE), bf16),
     sums=((b, GROUP_UNITS * TILE), f32),
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),
     residual=((b, own_rows), f32),
     squares=((b * WARPS,), f32),
     cos_sin=((2, b, angles), f32),
-    state=((8, g.head_dim + TILE), f32),
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),
-    part=((parts, g.head_dim + TILE), f32),
     best=((2 * b, GROUP_ROWS), f32),
     candidates=((2, plan.candidate_cols), f32),
   )

@@ -4,8 +4,6 @@ The memory warpgroup fills slots in the order in which the compute warpgroup
 uses them, across phases and layers, bounded only by free slots.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -145,12 +143,15 @@ class Stream(CtaBase):
       drain(self.produced, plan.in_flight)
     drain(self.consumed, plan.num_slots)
 
-  def consume(self, i: Index, use: Callable[[Ref], None]) -> Index:
-    """Hands the stream's chunk i to `use`, then frees its slot."""
+  def arrived(self, i: Index) -> Index:
+    """Waits for the stream's chunk i and returns its slot."""
     slot = lax.rem(i, I32(self.plan.num_slots))
     # Both halves of the chunk have arrived.
     with self.span("ring_empty"):
       plgpu.barrier_wait(self.produced.at[slot])
-    use(self.ring.at[slot])
+    return slot
+
+  def free(self, i: Index) -> None:
+    """Gives the slot of the stream's chunk i back: it has been read."""
+    slot = lax.rem(i, I32(self.plan.num_slots))
     plgpu.barrier_arrive(self.consumed.at[slot])
-    return i + 1

@@ -68,7 +68,7 @@ def _swizzled_byte(row: Any, byte: Any) -> Any:
   return byte ^ (row % 8 * _SWIZZLED_BYTES)
 
 
-def _tiled_byte(row: Any, byte: Any) -> Any:
+def tiled_byte(row: Any, byte: Any) -> Any:
   """Returns where byte `byte` of one of an operand's 8 rows is."""
   within = _swizzled_byte(row, byte % _TILE_ROW_BYTES)
   tile = byte // _TILE_ROW_BYTES
@@ -193,7 +193,7 @@ class Receive:
     if self.target_stride is not None:
       byte = (row * self.target_stride + i) * self.payload_bytes
     else:
-      byte = _tiled_byte(row, i * self.payload_bytes)
+      byte = tiled_byte(row, i * self.payload_bytes)
     return (
       first,
       second,
@@ -395,7 +395,7 @@ class Embed:
     row, i = t // row_pieces, t % row_pieces
     return (
       self._element(row, i * _PAIR_COLUMNS),
-      _tiled_byte(row, i * _SWIZZLED_BYTES),
+      tiled_byte(row, i * _SWIZZLED_BYTES),
     )
 
   def residual(self, t: Any, start: Any) -> tuple[Any, Any]:

@@ -134,7 +134,9 @@ def make_step(case):
     embedding=embedding,
     lm_head=embedding if g.tie_word_embeddings else matrix(g.vocab_size, d),
     norms=1 + normal(2 * layers + 1, d, scale=0.1),
-    token_ids=jnp.array([g.vocab_size - 3, 3, 50, 77][:batch], jnp.int32),
+    token_ids=jnp.array(
+      [g.vocab_size - 3, 3, 50, 77, 11, 13, 17, 19][:batch], jnp.int32
+    ),
     cos=cos,
     sin=sin,
     k_cache=normal(*cache).astype(_BF16),

@@ -25,7 +25,7 @@ if interpreter.missing():
 
 from interpreted_step import NINE_CTAS, TINY, Case, check
 
-from pallas_kernels import kernel, steps, words
+from pallas_kernels import fragments, kernel, steps, words
 from pallas_kernels.geometry import TILE
 
 # One layer is enough unless a fault needs a second one; the interpreter's time
@@ -47,6 +47,7 @@ _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 _THREE_CTAS = Case(_LAYER, 3, 64, (2,))
 # Two parts of one head's keys, five tiles and so a long and a short one.
 _SPLIT_KEYS = Case(_LAYER, 2, 320, (300,))
+_THREE_SPLITS = Case(_LAYER, 3, 640, (600,))
 
 
 # ---- the tools of the saboteur ---------------------------------------------
@@ -138,40 +139,48 @@ def _send_as(change):
   return _instead(send_results=send_results)
 
 
-def _consume(
-  self, i, use, *, waits=True, slots_on=0, frees_first=False, frees_from=0
-):
-  """`consume` with choices that it should not have."""
-  num_slots = jnp.int32(self.plan.num_slots)
-  slot = lax.rem(i, num_slots)
-  if waits:
-    plgpu.barrier_wait(self.produced.at[slot])
+def _chunks_where(*, waits=True, slots_on=0, frees_first=False, frees_from=0):
+  """Takes chunks from the ring with choices that it should not have."""
 
-  def free():
-    @pl.when(i >= frees_from)
-    def _():
+  def arrived(self, i):
+    num_slots = jnp.int32(self.plan.num_slots)
+    slot = lax.rem(i, num_slots)
+    if waits:
+      plgpu.barrier_wait(self.produced.at[slot])
+    if frees_first:
       plgpu.barrier_arrive(self.consumed.at[slot])
+    return lax.rem(i + slots_on, num_slots)
 
-  if frees_first:
-    free()
-  use(self.ring.at[lax.rem(i + slots_on, num_slots)])
-  if not frees_first:
-    free()
-  return i + 1
+  def free(self, i):
+    @pl.when(i >= (jnp.int32(2**30) if frees_first else frees_from))
+    def _():
+      kernel.Cta.free(self, i)
+
+  return _instead(arrived=arrived, free=free)
 
 
-def _consume_where(**faults):
-  return _instead(consume=lambda self, i, use: _consume(self, i, use, **faults))
+def _products(change):
+  """Has other products than there are."""
+
+  def multiply_unit(self, *args):
+    def store_own(products, *args, **kwargs):
+      real(change(products), *args, **kwargs)
+
+    real = fragments.store_own
+    with mock.patch.object(fragments, "store_own", store_own):
+      kernel.Cta.multiply_unit(self, *args)
+
+  return _instead(multiply_unit=multiply_unit)
 
 
 def _attend_to(more):
   """Masks as if the sequence were so many keys longer, and does nothing else.
 
-  `attend_tile` takes all that it knows of the length from `positions`; the new
+  `attend_tiles` takes all that it knows of the length from `positions`; the new
   key is put where it belongs.
   """
 
-  def attend_tile(self, *args):
+  def attend_tiles(self, *args):
     def patch(ring, new, k_row, v_row, row, **kwargs):
       real(ring, new, k_row, v_row, row - more, **kwargs)
 
@@ -180,9 +189,9 @@ def _attend_to(more):
       mock.patch.object(self, "positions", _Plus(self.positions, more)),
       mock.patch.object(words, "patch", patch),
     ):
-      return kernel.Cta.attend_tile(self, *args)
+      return kernel.Cta.attend_tiles(self, *args)
 
-  return _instead(attend_tile=attend_tile)
+  return _instead(attend_tiles=attend_tiles)
 
 
 def _tiles_for(more):
@@ -193,9 +202,13 @@ def _tiles_for(more):
   return _in("attention_item", None, positions=lambda x: _Plus(x, more))
 
 
-def _merge_nothing(self, item, num_parts, stamp):
+def _merge_nothing(self, item, num_parts, stamp, state):
   # As if there had been no such part.
-  pass
+  return state
+
+
+def _merge_the_next_layers(self, item, num_parts, stamp, state):
+  return kernel.Cta.merge(self, item, num_parts, stamp + 1, state)
 
 
 def _other_angles(operands):
@@ -228,12 +241,9 @@ def _other_norms(operands):
   return operands | dict(norms=jnp.roll(operands["norms"], 1, axis=0))
 
 
-def _neighbours_segment(self, row, col):
-  return kernel.Cta.own_segment(self, row + 1, col)
-
-
-def _first_segment_missing(self, row, col):
-  return kernel.Cta.own_segment(self, row, col) & (col > 0)
+def _first_segment_missing(products):
+  col = jnp.arange(products.shape[1], dtype=jnp.int32)
+  return jnp.where((col > 0)[None, :], products, jnp.float32(0))
 
 
 def _next_rows_residual(runs):
@@ -299,16 +309,18 @@ _FAULTS = {
   ),
   # In the ring.
   "a chunk is not awaited": _Fault(
-    _TWO_CTAS, "no threads observed", _consume_where(waits=False)
+    _TWO_CTAS,
+    "no threads observed|for the first time",
+    _chunks_where(waits=False),
   ),
   "the slot after is multiplied": _Fault(
-    _FEW_KEYS, "races", _consume_where(slots_on=1)
+    _FEW_KEYS, "races", _chunks_where(slots_on=1)
   ),
   "a slot is freed before it is read": _Fault(
-    _LONG_STREAM, "races", _consume_where(frees_first=True)
+    _LONG_STREAM, "races", _chunks_where(frees_first=True)
   ),
   "a slot is never freed": _Fault(
-    _FEW_KEYS, "deadlock: Barrier", _consume_where(frees_from=1)
+    _FEW_KEYS, "deadlock: Barrier", _chunks_where(frees_from=1)
   ),
   # In shared memory.
   "activations are not committed": _Fault(
@@ -317,6 +329,9 @@ _FAULTS = {
   "queries and new keys are not committed": _Fault(
     _NEXT_TILE, "races", _in("receive_new", "commit_smem")
   ),
+  "weights of keys are not committed": _Fault(
+    _FEW_KEYS, "races", _in("attend_tiles", "commit_smem")
+  ),
   # In what is computed.
   "one key too many": _Fault(_FEW_KEYS, "logits", _attend_to(1)),
   "one key too few": _Fault(_FEW_KEYS, "logits", _attend_to(-1)),
@@ -324,6 +339,18 @@ _FAULTS = {
   "a tile of keys too few": _Fault(_NEXT_TILE, "deadlock", _tiles_for(-1)),
   "a part of attention is left out": _Fault(
     _SPLIT_KEYS, "logits", _instead(merge=_merge_nothing)
+  ),
+  "one part of attention is left out": _Fault(
+    _THREE_SPLITS,
+    "logits",
+    _instead(
+      merge=lambda self, item, n, *args: kernel.Cta.merge(
+        self, item, n - 1, *args
+      )
+    ),
+  ),
+  "the next layer's parts are awaited": _Fault(
+    _SPLIT_KEYS, "deadlock", _instead(merge=_merge_the_next_layers)
   ),
   "the angles of the next position": _Fault(
     _FEW_KEYS, "new rows", perturb=_other_angles
@@ -336,10 +363,10 @@ _FAULTS = {
     _FEW_KEYS, "logits", _instead(inverse_rms=_norm_of_the_phase_before)
   ),
   "a segment meets its neighbour's columns": _Fault(
-    _FEW_KEYS, "logits", _instead(own_segment=_neighbours_segment)
+    _FEW_KEYS, "logits", _products(lambda x: jnp.roll(x, 1, axis=1))
   ),
   "a partial sum is missing": _Fault(
-    _FEW_KEYS, "logits", _instead(own_segment=_first_segment_missing)
+    _FEW_KEYS, "logits", _products(_first_segment_missing)
   ),
   "the residual of the next rows": _Fault(
     _FEW_KEYS, "logits", _in("embed", None, runs=_next_rows_residual)

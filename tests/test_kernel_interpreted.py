@@ -9,9 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpreter
 
@@ -37,8 +35,22 @@ from interpreted_step import (
 
 from pallas_kernels import kernel
 from pallas_kernels import plan as plan_lib
+from pallas_kernels.geometry import CHUNK_BYTES
+from pallas_kernels.parts import Part
+from pallas_kernels.plan import make_plan
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
+
+_LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
+_WIDE_LAYER = dataclasses.replace(
+  WIDE, num_hidden_layers=1, num_attention_heads=4
+)
+
+
+def _group(size):
+  """Returns a model of one layer with so many queries per KV head."""
+  return dataclasses.replace(_LAYER, num_attention_heads=size)
+
 
 _ONE = Case(TINY, 1, 128, (70,))
 _FOUR = Case(TINY, 4, 128, (70,))
@@ -52,12 +64,57 @@ _CASES = {
   "wide heads, two sequences": Case(WIDE, 3, 128, (3, 90), (True, True)),
   "a CTA without a part in the layers": NINE_CTAS,
   "keys of a head split": Case(TINY, 4, 512, (500,)),
+  # Parts come in two batches, and the last tile is not full.
+  "eight splits, groups of 8": Case(_group(8), 8, 2048, (1990,)),
+  "seven splits, groups of 1": Case(_group(1), 7, 1792, (1791,)),
+  "five splits, wide heads": Case(_WIDE_LAYER, 5, 1280, (1270,)),
+  "eight sequences": Case(
+    _group(4),
+    4,
+    384,
+    (0, 63, 64, 130, 383, 257, 320, 7),
+    (True, True, False, True, True, True, True, True),
+  ),
 }
 
 
 @pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 def test_step_equals_plain_jnp(case):
   check(case)
+
+
+# The last tile is full, or all but; nothing is left over of the last round, or
+# all but one tile.
+@pytest.mark.parametrize("position", [20, 127, 150, 255, 256, 300, 575])
+def test_rounds_of_one_to_nine_tiles(position):
+  case = Case(_LAYER, 1, 576, (position,))
+  assert make_plan(case.geometry, 1, 576, 1).tiles_at_once == 4
+  check(case)
+
+
+@pytest.mark.parametrize(
+  ("geometry", "at_once"), [(_LAYER, 2), (_WIDE_LAYER, 1)]
+)
+def test_rounds_are_shorter_where_the_ring_is(geometry, at_once, monkeypatch):
+  fixed = make_plan(geometry, 1, 192, 1).fixed_smem_bytes
+  monkeypatch.setattr(plan_lib, "SMEM_BYTES", fixed + 3 * CHUNK_BYTES)
+  plan = make_plan(geometry, 1, 192, 1)
+  assert (plan.num_slots, plan.tiles_at_once) == (3, at_once)
+  check(Case(geometry, 1, 192, (170,)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", range(1, 9))
+def test_the_words_of_a_part_are_all_different(head_dim, group):
+  part = Part(head_dim, group)
+  row, col = np.mgrid[:64, : 2 * part.pairs]
+  found = [part.most(col[0]), part.total(col[0])]
+  found += [part.value(n, row, col).ravel() for n in range(part.blocks)]
+  found = np.concatenate(found)
+  np.testing.assert_array_equal(np.sort(found), np.arange(part.num_words))
+  # What a thread loads at once begins on 16 bytes.
+  assert part.num_words % 2 == 0
+  assert (part.value(0, row[:, ::2], col[:, ::2]) % 2 == 0).all()
 
 
 @pytest.mark.parametrize("positions", [(40,), (63, 5)])
@@ -188,17 +245,11 @@ def test_with_nothing_to_do_nothing_changes(two_steps, nothing):
 
 
 class _NeverFrees(kernel.Cta):
-  def consume(self, i, use):
+  def free(self, i):
     # One slot is never given back, and the stream waits for it.
-    slot = lax.rem(i, jnp.int32(self.plan.num_slots))
-    plgpu.barrier_wait(self.produced.at[slot])
-    use(self.ring.at[slot])
-
     @pl.when(i > 0)
     def _():
-      plgpu.barrier_arrive(self.consumed.at[slot])
-
-    return i + 1
+      kernel.Cta.free(self, i)
 
 
 def test_a_deadlock_at_a_barrier_is_an_error(monkeypatch):

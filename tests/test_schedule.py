@@ -187,10 +187,41 @@ def test_splits_cover_every_tile_once(position, most):
   assert num_splits <= most
   # Cut where it pays and nowhere else.
   tiles = position // 64 + 1
-  if tiles <= schedule.MIN_TILES_PER_SPLIT or most == 1:
+  if tiles <= schedule.TILES_AT_ONCE or most == 1:
     assert num_splits == 1
   else:
     assert num_splits > 1
+
+
+@pytest.mark.parametrize(
+  ("tiles", "most", "per_split", "num_splits"),
+  [
+    (4, 16, 4, 1),
+    (5, 16, 3, 2),
+    (64, 16, 4, 16),
+    (65, 16, 8, 9),
+    (128, 16, 8, 16),
+    (18, 2, 9, 2),
+  ],
+)
+def test_rounds_are_few_and_then_splits_are(tiles, most, per_split, num_splits):
+  first, end, _, found = split_of(64 * tiles - 1, 0, most)
+  assert (first, end, found) == (0, per_split, num_splits)
+
+
+@pytest.mark.parametrize("most", [1, 2, 16, 44])
+def test_no_other_splits_take_fewer_rounds_or_fewer_splits(most):
+  def rounds(per_split):
+    return math.ceil(per_split / schedule.TILES_AT_ONCE)
+
+  for tiles in range(1, 300):
+    _, per_split, _, num_splits = split_of(64 * tiles - 1, 0, most)
+    best = min(
+      (rounds(n), math.ceil(tiles / n))
+      for n in range(1, tiles + 1)
+      if math.ceil(tiles / n) <= most
+    )
+    assert (rounds(per_split), num_splits) == best
 
 
 @hypothesis.given(position=st.integers(0, 131071), most=st.integers(1, 300))

@@ -1,0 +1,384 @@
+"""Programs of single threads on what they hold of the results of `wgmma`.
+
+Thread t of a warpgroup holds of `[64, 8]` the rows r and r + 8 and the columns
+c and c + 1, where r is 16 (t / 32) + t % 32 / 4 and c is 2 (t % 4). What a thread
+makes of its own values costs neither shuffles nor shared memory, which sums and
+maxima of Pallas go through. Words are read and written as in `words`;
+`interpreter` runs what the programs mean.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.geometry import SEGMENTS, TILE
+from pallas_kernels.layouts import F32, I32, SWIZZLED, Index, Ref
+from pallas_kernels.parts import Part
+from pallas_kernels.plan import MASKED
+from pallas_kernels.words import tiled_byte
+
+_WGMMA = plgpu.Layout.WGMMA
+_WORD_BYTES = 8
+_F32_BYTES = 4
+# 64 keys of 8 queries in an operand of `wgmma`.
+_TILE_BYTES = TILE * 8 * 2
+# Values that a thread holds of `[64, 8]`, in two rows.
+_VALUES = 4
+
+# Largest scores, sums of weights, and weighted values, `[64, 8]` for each 64 of
+# H; all rows of the first two are the same.
+State = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SendPart:
+  """Sends a state.
+
+  Attributes:
+    part: how.
+  """
+
+  part: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeParts:
+  """Waits for states and adds them to one, in their order.
+
+  Attributes:
+    part: how they come.
+  """
+
+  part: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreOwn:
+  """Stores the products of segments with their own columns.
+
+  Attributes:
+    batch: B; products are `[64, 8 B]`.
+    row_values: values of a sequence where they are stored.
+    adds: whether to add to what is there.
+  """
+
+  batch: int
+  row_values: int
+  adds: bool
+
+  def column(self, row: Any) -> Any:
+    """Returns which of a sequence's 8 columns is a row's own."""
+    return row % SEGMENTS
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreWeights:
+  """Stores the weights of keys, rounded, as an operand of `wgmma`."""
+
+
+def send_part(
+  words: Ref, first: Index, stamp: Index, state: State, part: Part
+) -> None:
+  """Sends a state.
+
+  Args:
+    words: all words.
+    first: the part's first one.
+    stamp: theirs.
+    state: what to send.
+    part: how.
+  """
+  _run(SendPart(part), [words], state, [first, stamp])
+
+
+def merge_parts(
+  words: Ref,
+  first: Index,
+  count: Index,
+  stamp: Index,
+  state: State,
+  part: Part,
+) -> State:
+  """Waits for parts and adds them to a state, in their order.
+
+  Args:
+    words: all words.
+    first: the first part's first one; the others follow.
+    count: how many parts.
+    stamp: that their words bear.
+    state: of the keys before.
+    part: how they come.
+
+  Returns:
+    The state of all these keys.
+  """
+  return _run(
+    MergeParts(part), [words], state, [first, count, stamp], len(state)
+  )
+
+
+def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
+  """Stores, or adds, the products of each row's segment with its own columns.
+
+  Args:
+    products: `[64, 8 B]` float32.
+    sums: `[B, more than 64]` float32 in shared memory.
+    u: which 64 columns of it.
+    adds: whether there is a sum already.
+  """
+  batch, row_values = sums.shape
+  _run(StoreOwn(batch, row_values, adds), [sums], (products,), [u])
+
+
+def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
+  """Stores the weights of tiles of keys, to be committed by the caller.
+
+  Args:
+    weights: `[64, 8]` float32 of each tile.
+    p: `[8, keys]` bfloat16, an operand of `wgmma`.
+  """
+  _run(StoreWeights(), [p], weights, [])
+
+
+# ---- what the threads do ---------------------------------------------------
+
+
+def _run(
+  what: SendPart | MergeParts | StoreOwn | StoreWeights,
+  refs: Sequence[Ref],
+  arrays: Sequence[jax.Array],
+  scalars: Sequence[Index],
+  num_results: int = 0,
+) -> State:
+  """Emits a program for the threads of the warpgroup.
+
+  Returns:
+    Its results, `[64, 8]` float32.
+  """
+  emitters: dict[type, Callable[..., list[Any]]] = {
+    SendPart: _emit_send,
+    MergeParts: _emit_merge,
+    StoreOwn: _emit_store_own,
+    StoreWeights: _emit_store_weights,
+  }
+  emit = emitters[type(what)]
+  tiled = isinstance(what, StoreWeights)
+  arg_types = (
+    *[plgpu.RefType(SWIZZLED if tiled else ())] * len(refs),
+    *[_WGMMA] * len(arrays),
+    *[plgpu.Layout.WG_SPLAT] * len(scalars),
+  )
+  result = plgpu.ShapeDtypeStruct((TILE, 8), F32, layout=_WGMMA)
+
+  def program(context: Any, *args: Any) -> list[Any]:
+    del context
+    at, end = len(refs), len(refs) + len(arrays)
+    results = emit(
+      what,
+      *(mosaic.Address(x) for x in args[:at]),
+      *(mosaic.registers(x) for x in args[at:end]),
+      *(mosaic.Int(x) for x in args[end:]),
+    )
+    # What is written to shared memory here is there, and before anybody goes
+    # on all have read their words. Weights wait for their commit.
+    if not tiled:
+      mosaic.warpgroup_barrier()
+    return [mosaic.wgmma_array(x) for x in results]
+
+  program.what = what  # type: ignore[attr-defined]
+  return tuple(
+    plgpu.inline_mgpu(arg_types=arg_types, return_type=[result] * num_results)(
+      program
+    )(*refs, *arrays, *(jnp.asarray(x, I32) for x in scalars))
+    or ()
+  )
+
+
+def _place() -> tuple[Any, Any]:
+  """Returns this thread's first row and column."""
+  t = mosaic.thread_index()
+  return t // 32 * 16 + t % 32 // 4, t % 4 * 2
+
+
+def _emit_send(what: SendPart, words: Any, *args: Any) -> list[Any]:
+  *state, first, stamp = args
+  part = what.part
+  row, col = _place()
+  real = col < part.group
+  most, total, *out = state
+
+  def store(word: Any, values: Sequence[Any], sent: Any) -> None:
+    mosaic.asm(
+      "{ .reg .pred p; .reg .b64 a, b, c, d; setp.ne.b32 p, $1, 0;"
+      " mov.b64 a, {$3, $2}; mov.b64 b, {$4, $2};"
+      " mov.b64 c, {$5, $2}; mov.b64 d, {$6, $2};"
+      " @p st.relaxed.gpu.global.v2.b64 [$0], {a, b};"
+      f" @p st.relaxed.gpu.global.v2.b64 [$0 + {2 * _WORD_BYTES}], {{c, d}}; }}",
+      words.plus(first + word, _WORD_BYTES),
+      sent,
+      stamp,
+      *values,
+    )
+
+  for n, values in enumerate(out):
+    store(part.value(n, row, col), values, real)
+  # One thread of each pair of columns has row 0, and the others the same.
+  store(part.most(col), [*most[:2], *total[:2]], real & (row < 1))
+  return []
+
+
+def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
+  *state, first, count, stamp = args
+  part = what.part
+  row, col = _place()
+  most, total, *out = state
+  # Where a thread's words of a part are, from the first ones on: four of
+  # maxima and sums, four of each block.
+  blocks = range(part.blocks)
+  offsets = [0, *(n * part.block_words for n in blocks)]
+  num_words = _VALUES * len(offsets)
+  declare, begin, load, check, payloads = [], [], [], [], []
+  for j in range(part.at_once):
+    declare.append(f".reg .pred p{j};")
+    begin.append(f"setp.gt.s32 p{j}, left, {j}; and.pred p{j}, p{j}, real;")
+    names = [f"{j}_{k}" for k in range(num_words)]
+    payloads.append([f"x{name}" for name in names])
+    declare.append(
+      f".reg .b64 {', '.join('w' + n for n in names)};"
+      f" .reg .f32 {', '.join('x' + n for n in names)};"
+    )
+    for k, name in enumerate(names):
+      # A part that is not there weighs nothing.
+      nothing = "masked" if k < 2 else "zero"
+      begin.append(f"mov.b64 w{name}, {{{nothing}, stamp}};")
+      check.append(
+        f"mov.b64 {{x{name}, s}}, w{name}; xor.b32 s, s, stamp;"
+        " or.b32 missing, missing, s;"
+      )
+    for k in range(0, num_words, 2):
+      pair = f"{{w{names[k]}, w{names[k + 1]}}}"
+      base = "scales" if k < _VALUES else "values"
+      word = j * part.num_words + offsets[k // _VALUES] + k % _VALUES
+      load.append(
+        f"@p{j} ld.relaxed.gpu.global.v2.b64 {pair},"
+        f" [{base} + {word * _WORD_BYTES}];"
+      )
+  held = [f"o{k}" for k in range(_VALUES * part.blocks)]
+  merge = ["mov.f32 n0, m0; mov.f32 n1, m1;"]
+  for x in payloads:
+    merge.append(f"max.f32 n0, n0, {x[0]}; max.f32 n1, n1, {x[1]};")
+  for k in range(2):
+    merge.append(
+      f"sub.f32 f{k}, m{k}, n{k}; ex2.approx.ftz.f32 f{k}, f{k};"
+      f" mov.f32 m{k}, n{k}; mul.f32 t{k}, t{k}, f{k};"
+    )
+  merge += [f"mul.f32 {o}, {o}, f{k % 2};" for k, o in enumerate(held)]
+  for x in payloads:
+    for k in range(2):
+      merge.append(
+        f"sub.f32 f{k}, {x[k]}, n{k}; ex2.approx.ftz.f32 f{k}, f{k};"
+        f" fma.rn.f32 t{k}, {x[2 + k]}, f{k}, t{k};"
+      )
+    merge += [
+      f"fma.rn.f32 {o}, {x[_VALUES + k]}, f{k % 2}, {o};"
+      for k, o in enumerate(held)
+    ]
+  results = ["m0", "m1", "t0", "t1", *held]
+  inputs = [*most[:2], *total[:2], *(x for values in out for x in values)]
+  num, at = len(results), 2 * len(results)
+  stride = part.at_once * part.num_words * _WORD_BYTES
+  found = mosaic.asm(
+    " ".join(
+      [
+        "{ .reg .pred again, none, real; .reg .b64 scales, values;"
+        " .reg .b32 left, stamp, missing, s, zero, masked;",
+        f".reg .f32 {', '.join(results)}, n0, n1, f0, f1;",
+        *declare,
+        *(f"mov.f32 {x}, ${num + k};" for k, x in enumerate(results)),
+        f"mov.b64 scales, ${at}; mov.b64 values, ${at + 1};",
+        f"setp.ne.b32 real, ${at + 2}, 0;",
+        f"mov.b32 left, ${at + 3}; mov.b32 stamp, ${at + 4};",
+        f"mov.b32 zero, 0; mov.b32 masked, {np.float32(MASKED).view('u4')};",
+        "next_${:uid}: setp.le.s32 none, left, 0; @none bra done_${:uid};",
+        *begin,
+        "poll_${:uid}: mov.b32 missing, 0;",
+        *load,
+        *check,
+        "setp.ne.b32 again, missing, 0; @again bra poll_${:uid};",
+        *merge,
+        f"add.s64 scales, scales, {stride}; add.s64 values, values, {stride};",
+        f"sub.s32 left, left, {part.at_once}; bra next_${{:uid}};",
+        "done_${:uid}:",
+        *(f"mov.f32 ${k}, {x};" for k, x in enumerate(results)),
+        "}",
+      ]
+    ),
+    *inputs,
+    words.plus(first + part.most(col), _WORD_BYTES),
+    words.plus(first + part.value(0, row, col), _WORD_BYTES),
+    col < part.group,
+    count,
+    stamp,
+    num_f32_results=num,
+  )
+  return [
+    found[:2] * 2,
+    found[2:4] * 2,
+    *(found[4 + _VALUES * n :][:_VALUES] for n in blocks),
+  ]
+
+
+def _emit_store_own(
+  what: StoreOwn, sums: Any, products: Any, u: Any
+) -> list[Any]:
+  row, col = _place()
+  # Rows r and r + 8 have the same own column, which one thread of four holds.
+  own = what.column(row)
+  mine = (col < own + 1) & (own < col + 2)
+  add = (
+    " @p ld.shared.f32 x, [$0]; @p ld.shared.f32 y, [$0 + 32];"
+    " @p add.f32 a, a, x; @p add.f32 b, b, y;"
+    if what.adds
+    else ""
+  )
+  for b in range(what.batch):
+    mosaic.asm(
+      "{ .reg .pred p, odd; .reg .f32 a, b, x, y; setp.ne.b32 p, $1, 0;"
+      " setp.ne.b32 odd, $2, 0;"
+      " selp.f32 a, $4, $3, odd; selp.f32 b, $6, $5, odd;"
+      f"{add} @p st.shared.f32 [$0], a; @p st.shared.f32 [$0 + 32], b; }}",
+      sums.plus(u * TILE + row + b * what.row_values, _F32_BYTES),
+      mine,
+      own % 2,
+      *products[_VALUES * b : _VALUES * (b + 1)],
+    )
+  return []
+
+
+def _emit_store_weights(what: StoreWeights, p: Any, *weights: Any) -> list[Any]:
+  del what
+  row, col = _place()
+  # Two rows of two columns; they are where they are in every tile.
+  addresses = [
+    p.plus(tiled_byte(col + k, 2 * (row + 8 * half)), 1)
+    for half in range(2)
+    for k in range(2)
+  ]
+  stores = [
+    f"cvt.rn.bf16.f32 h, ${_VALUES * (n + 1) + k};"
+    f" st.shared.b16 [${k} + {n * _TILE_BYTES}], h;"
+    for n in range(len(weights))
+    for k in range(_VALUES)
+  ]
+  mosaic.asm(
+    f"{{ .reg .b16 h; {' '.join(stores)} }}",
+    *addresses,
+    *(x for values in weights for x in values),
+  )
+  return []
