@@ -87,6 +87,7 @@ class KernelLoop:
     capacity: of the cache.
     num_steps: launches.
     timed: whether the kernel counts its time, which costs some.
+    in_flight: chunks that a CTA asks for at a time; None is the table's choice.
   """
 
   model: ffjax.Model
@@ -95,14 +96,21 @@ class KernelLoop:
   capacity: int
   num_steps: int
   timed: bool
+  in_flight: int | None = None
 
   def __call__(self) -> Run:
     """Runs."""
     params, config = self.model.params, self.model.config
     assert isinstance(params, packed.PackedParams)
     plan = make_plan(
-      packed.geometry_of(config), self.batch, self.capacity, params.num_ctas
+      packed.geometry_of(config),
+      self.batch,
+      self.capacity,
+      params.num_ctas,
+      jax.devices()[0].device_kind,
     )
+    if self.in_flight is not None:
+      plan = dataclasses.replace(plan, in_flight=self.in_flight)
     shape = jax.eval_shape(
       lambda: KVCache.create(config, self.batch, self.capacity, jnp.bfloat16)
     ).k.shape

@@ -127,8 +127,14 @@ def _fused_plan(model: Model, cache: KVCache) -> tuple[Plan, PackedParams]:
   params = model.params
   assert isinstance(params, PackedParams)  # `resolve` has seen to it.
   _, batch, _, capacity, _ = cache.k.shape
-  geometry = packed.geometry_of(model.config)
-  return make_plan(geometry, batch, capacity, params.num_ctas), params
+  plan = make_plan(
+    packed.geometry_of(model.config),
+    batch,
+    capacity,
+    params.num_ctas,
+    device_memory.default_device().device_kind,
+  )
+  return plan, params
 
 
 def _fused_step(

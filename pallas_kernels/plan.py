@@ -187,14 +187,22 @@ def make_plan(
   batch: int,
   capacity: int,
   num_ctas: int,
-  in_flight: int = tuning.IN_FLIGHT,
+  device_kind: str | None = None,
 ) -> Plan:
   """Plans the step of a model for a batch, a capacity and a number of CTAs.
+
+  Args:
+    geometry: the model.
+    batch: B.
+    capacity: S.
+    num_ctas: P.
+    device_kind: what it will run on, for `tuning`; None if unknown.
 
   Raises:
     UnsupportedError: if shared memory leaves too little for the stream.
   """
   schedule = make_schedule(geometry, num_ctas)
+  in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
   plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(

@@ -1,17 +1,25 @@
-"""What is chosen by measuring, device by device.
+"""What is chosen by measuring, by device and model.
 
-`python -m bench.tune` measures the entries; `bench/LOG.md` has what came out.
+`python -m bench.tune` measures what the table should hold, and `bench/LOG.md`
+has what it found.
 """
 
-# Chunks of 16 KB that a CTA asks memory for at a time. Too few, and memory
-# idles; too many, and all that comes later waits behind them.
-IN_FLIGHT = 2
-_IN_FLIGHT_ON = {
-  "NVIDIA H100 80GB HBM3": 2,
-  "NVIDIA H200": 3,
+# Chunks of 16 KB that a CTA asks memory for at a time: with too few, memory
+# idles; with too many, all that comes later waits behind them, the results that
+# CTAs exchange too. Of each device, by the width D from which on it holds.
+_IN_FLIGHT = {
+  "NVIDIA H100 80GB HBM3": {1: 2, 4096: 3},
 }
+# For a device that nobody has measured.
+_DEFAULT = "NVIDIA H100 80GB HBM3"
 
 
-def in_flight_on(device_kind: str) -> int:
-  """Returns the chunks in flight per CTA for a device, as JAX names it."""
-  return _IN_FLIGHT_ON.get(device_kind, IN_FLIGHT)
+def in_flight(device_kind: str | None, hidden_size: int) -> int:
+  """Returns how many chunks a CTA asks for at a time.
+
+  Args:
+    device_kind: as JAX names it; None if unknown.
+    hidden_size: D.
+  """
+  by_width = _IN_FLIGHT.get(device_kind or _DEFAULT, _IN_FLIGHT[_DEFAULT])
+  return by_width[max(width for width in by_width if width <= hidden_size)]

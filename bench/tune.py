@@ -1,0 +1,98 @@
+"""Measures what the table of `pallas_kernels.tuning` should hold for a device.
+
+Launches of the kernel take turns, with from 1 to `--most` chunks in flight; all
+must choose the same tokens, and the kernel as the table has it must be right.
+
+  python -m bench.tune --preset=llama-3.2-1b --output=FILE.json
+"""
+
+from typing import Any
+
+import numpy as np
+from absl import app
+from absl import flags as absl_flags
+
+import ffjax
+from bench import (
+  ceilings,
+  checks,
+  environment,
+  flags,
+  harness,
+  kernel_steps,
+  loops,
+)
+from bench.models import ALL
+from ffjax.cache import rounded_capacity
+
+_MOST = absl_flags.DEFINE_integer("most", 5, "Chunks in flight.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+  """Checks, times, prints and writes."""
+  commit = flags.commit(argv)
+  config = ALL[flags.PRESET.value]
+  (length,) = flags.prompts()
+  batch, num_steps = flags.BATCH.value, flags.STEPS.value
+  measured = ceilings.measure(flags.CEILING_BYTES.value)
+  model = ffjax.pack(ffjax.random_model(config, loops.SEED))
+  token_ids = loops.prompt(config.vocab_size, batch, length)
+  capacity = rounded_capacity(length + num_steps)
+  checked = checks.Checker(model, token_ids, capacity).implementation("fused")
+  checked.require("fused")
+  last_ids: dict[str, np.ndarray] = {}
+
+  def timed(chunks: int) -> Any:
+    loop = kernel_steps.KernelLoop(
+      model, batch, length, capacity, num_steps, False, chunks
+    )
+
+    def call() -> float:
+      run = loop()
+      last_ids[f"in flight: {chunks}"] = run.token_ids
+      return run.step_ms
+
+    return call
+
+  samples = harness.interleave(
+    {f"in flight: {n}": timed(n) for n in range(1, _MOST.value + 1)},
+    flags.WARM_UPS.value,
+    flags.REPEATS.value,
+  )
+  first = next(iter(last_ids.values()))
+  others = [name for name, ids in last_ids.items() if (ids != first).any()]
+  if others:
+    raise harness.CheckFailedError(f"other tokens with {others}")
+  harness.Result(
+    bench="bench.tune",
+    flags=flags.values(
+      flags.PRESET,
+      flags.BATCH,
+      flags.PROMPT,
+      flags.STEPS,
+      flags.WARM_UPS,
+      flags.REPEATS,
+    ),
+    device=environment.jax_device(),
+    commit=commit,
+    data=loops.DATA,
+    measurements=[
+      harness.Measurement(
+        name=name,
+        unit="ms",
+        samples=step_ms,
+        warm_ups=samples.warm_ups,
+        check=checked,
+        clocks=samples.clocks,
+        bytes_per_step=model.bytes_per_step(batch, length),
+        ceiling_gbps=measured["read_gbps"],
+        details=dict(batch=batch, prompt=length, steps=num_steps),
+      )
+      for name, step_ms in samples.timed.items()
+    ],
+    ceilings=measured,
+  ).report(flags.OUTPUT.value)
+
+
+if __name__ == "__main__":
+  app.run(main)
