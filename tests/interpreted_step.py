@@ -145,8 +145,13 @@ def make_step(case):
 
 
 def _norm(x, weight, eps):
+  """Returns what is rounded, and the factor that products are left with.
+
+  Bfloat16 is sent, and multiplied by the weights before it is rounded again.
+  """
+  x = _bf16(x)
   scale = lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  return x * scale * weight[None, :]
+  return x * weight[None, :], scale
 
 
 def _rotate(x, cos, sin):
@@ -165,9 +170,9 @@ def reference(case, s):
   x = s.embedding[s.token_ids].astype(_F32)
   new_k, new_v = [], []
   for layer in range(g.num_hidden_layers):
-    y = _norm(x, s.norms[2 * layer], g.rms_norm_eps)
+    y, scale = _norm(x, s.norms[2 * layer], g.rms_norm_eps)
     q, k, v = (
-      _dot("bd,od->bo", y, w[layer]).reshape(batch, -1, h)
+      (_dot("bd,od->bo", y, w[layer]) * scale).reshape(batch, -1, h)
       for w in (s.q, s.k, s.v)
     )
     q, k = _rotate(q, s.cos, s.sin), _rotate(k, s.cos, s.sin)
@@ -187,11 +192,12 @@ def reference(case, s):
       out = _dot("kgs,ksh->kgh", p, values) / p.sum(-1, keepdims=True)
       attended.append(out.reshape(-1))
     x = x + _dot("ba,da->bd", jnp.stack(attended), s.o[layer])
-    y = _norm(x, s.norms[2 * layer + 1], g.rms_norm_eps)
-    gate, up = (_dot("bd,fd->bf", y, w[layer]) for w in (s.gate, s.up))
+    y, scale = _norm(x, s.norms[2 * layer + 1], g.rms_norm_eps)
+    gate, up = (_dot("bd,fd->bf", y, w[layer]) * scale for w in (s.gate, s.up))
     x = x + _dot("bf,df->bd", gate * jax.nn.sigmoid(gate) * up, s.down[layer])
-  y = _norm(x, s.norms[-1], g.rms_norm_eps)
-  return _dot("bd,vd->bv", y, s.lm_head), jnp.stack(new_k), jnp.stack(new_v)
+  y, scale = _norm(x, s.norms[-1], g.rms_norm_eps)
+  logits = _dot("bd,vd->bv", y, s.lm_head) * scale
+  return logits, jnp.stack(new_k), jnp.stack(new_v)
 
 
 def progress_of(token_ids, positions, active, step, max_steps):
