@@ -159,6 +159,9 @@ class AttentionPhase(Stream):
     blocks = range(g.head_dim // TILE)
     position = self.positions[b]
     left = end - t
+    # Zero, but only here: where q and p are would else be computed before the
+    # loop over layers, and held in registers all the while.
+    origin = (position >> 30) * TILE
     slots, keys, values = [], [], []
     for n in range(plan.tiles_at_once):
       at = i + jnp.minimum(n, left - 1) * len(blocks)
@@ -216,7 +219,7 @@ class AttentionPhase(Stream):
     def score(*accs: Ref) -> list[jax.Array]:
       for acc, tiles in zip(accs, keys, strict=True):
         for m in blocks:
-          q = self.q.at[:, pl.ds(m * TILE, TILE)]
+          q = self.q.at[:, pl.ds(origin + m * TILE, TILE)]
           plgpu.wgmma(acc, tiles[m], q.transpose((1, 0)))
       plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
@@ -249,7 +252,7 @@ class AttentionPhase(Stream):
     def weigh(*accs: Ref) -> list[jax.Array]:
       for m, acc in enumerate(accs):
         for n, tiles in enumerate(values):
-          p = self.p.at[:, pl.ds(n * TILE, TILE)]
+          p = self.p.at[:, pl.ds(origin + n * TILE, TILE)]
           plgpu.wgmma(acc, tiles[m].transpose((1, 0)), p.transpose((1, 0)))
       plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
