@@ -8,7 +8,7 @@ its RMS is a factor of the results, and nobody waits for it before.
 import jax
 from jax import lax
 
-from pallas_kernels import words
+from pallas_kernels import embedding, words
 from pallas_kernels.cta import CtaBase
 from pallas_kernels.geometry import (
   CHUNK_COLS,
@@ -101,7 +101,7 @@ class Activations(CtaBase):
       token = self.token_ids[b]
       unit, row = token // UNIT_ROWS, lax.rem(token, I32(UNIT_ROWS))
       owner, local = unit // lm_head.run, lax.rem(unit, I32(lm_head.run))
-      words.embed(
+      embedding.embed(
         self.embedding,
         (owner * lm_head.run_chunks + local * per_unit) * chunk
         + row * (SEGMENTS * CHUNK_COLS // 2),

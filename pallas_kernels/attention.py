@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import fragments, mosaic, words
+from pallas_kernels import fragments, mosaic, patching, words
 from pallas_kernels.fragments import State
 from pallas_kernels.geometry import CHUNK_ROWS, TILE
 from pallas_kernels.layouts import (
@@ -197,7 +197,7 @@ class AttentionPhase(Stream):
         for m in (0, len(blocks) - 1)
       )
       first_row = k_slot * CHUNK_ROWS
-      words.patch(
+      patching.patch(
         self.ring,
         self.new,
         first_row,

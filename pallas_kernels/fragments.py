@@ -21,13 +21,10 @@ from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.layouts import F32, I32, SWIZZLED, Index, Ref
 from pallas_kernels.parts import Part
 from pallas_kernels.plan import MASKED
-from pallas_kernels.words import tiled_byte
+from pallas_kernels.threads import F32_BYTES, TILE_BYTES, tiled_byte
+from pallas_kernels.words import WORD_BYTES
 
 _WGMMA = plgpu.Layout.WGMMA
-_WORD_BYTES = 8
-_F32_BYTES = 4
-# 64 keys of 8 queries in an operand of `wgmma`.
-_TILE_BYTES = TILE * 8 * 2
 # Values that a thread holds of `[64, 8]`, in two rows.
 _VALUES = 4
 
@@ -219,8 +216,8 @@ def _emit_send(what: SendPart, words: Any, *args: Any) -> list[Any]:
       " mov.b64 a, {$3, $2}; mov.b64 b, {$4, $2};"
       " mov.b64 c, {$5, $2}; mov.b64 d, {$6, $2};"
       " @p st.relaxed.gpu.global.v2.b64 [$0], {a, b};"
-      f" @p st.relaxed.gpu.global.v2.b64 [$0 + {2 * _WORD_BYTES}], {{c, d}}; }}",
-      words.plus(first + word, _WORD_BYTES),
+      f" @p st.relaxed.gpu.global.v2.b64 [$0 + {2 * WORD_BYTES}], {{c, d}}; }}",
+      words.plus(first + word, WORD_BYTES),
       sent,
       stamp,
       *values,
@@ -267,7 +264,7 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
       word = j * part.num_words + offsets[k // _VALUES] + k % _VALUES
       load.append(
         f"@p{j} ld.relaxed.gpu.global.v2.b64 {pair},"
-        f" [{base} + {word * _WORD_BYTES}];"
+        f" [{base} + {word * WORD_BYTES}];"
       )
   held = [f"o{k}" for k in range(_VALUES * part.blocks)]
   merge = ["mov.f32 n0, m0; mov.f32 n1, m1;"]
@@ -292,7 +289,7 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
   results = ["m0", "m1", "t0", "t1", *held]
   inputs = [*most[:2], *total[:2], *(x for values in out for x in values)]
   num, at = len(results), 2 * len(results)
-  stride = part.at_once * part.num_words * _WORD_BYTES
+  stride = part.at_once * part.num_words * WORD_BYTES
   found = mosaic.asm(
     " ".join(
       [
@@ -320,8 +317,8 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
       ]
     ),
     *inputs,
-    words.plus(first + part.most(col), _WORD_BYTES),
-    words.plus(first + part.value(0, row, col), _WORD_BYTES),
+    words.plus(first + part.most(col), WORD_BYTES),
+    words.plus(first + part.value(0, row, col), WORD_BYTES),
     col < part.group,
     count,
     stamp,
@@ -353,7 +350,7 @@ def _emit_store_own(
       " setp.ne.b32 odd, $2, 0;"
       " selp.f32 a, $4, $3, odd; selp.f32 b, $6, $5, odd;"
       f"{add} @p st.shared.f32 [$0], a; @p st.shared.f32 [$0 + 32], b; }}",
-      sums.plus(u * TILE + row + b * what.row_values, _F32_BYTES),
+      sums.plus(u * TILE + row + b * what.row_values, F32_BYTES),
       mine,
       own % 2,
       *products[_VALUES * b : _VALUES * (b + 1)],
@@ -372,7 +369,7 @@ def _emit_store_weights(what: StoreWeights, p: Any, *weights: Any) -> list[Any]:
   ]
   stores = [
     f"cvt.rn.bf16.f32 h, ${_VALUES * (n + 1) + k};"
-    f" st.shared.b16 [${k} + {n * _TILE_BYTES}], h;"
+    f" st.shared.b16 [${k} + {n * TILE_BYTES}], h;"
     for n in range(len(weights))
     for k in range(_VALUES)
   ]

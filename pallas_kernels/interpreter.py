@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import fragments, parts, words
+from pallas_kernels import embedding, fragments, parts, patching, words
 from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.plan import WARPS
 
@@ -408,7 +408,7 @@ def _gained(
 
 
 def _run_embed(
-  what: words.Embed,
+  what: embedding.Embed,
   run: _Threads,
   refs: Sequence[Any],
   scalars: Sequence[int],
@@ -436,7 +436,10 @@ def _run_embed(
 
 
 def _run_patch(
-  what: words.Patch, run: _Threads, refs: Sequence[Any], scalars: Sequence[int]
+  what: patching.Patch,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
 ) -> None:
   new, ring = refs
   k_row, v_row, row = scalars
@@ -556,8 +559,8 @@ def _run_store_weights(
 _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   words.Send: _run_send,
   tuple: _run_receive,
-  words.Embed: _run_embed,
-  words.Patch: _run_patch,
+  embedding.Embed: _run_embed,
+  patching.Patch: _run_patch,
   fragments.SendPart: _run_send_part,
   fragments.MergeParts: _run_merge_parts,
   fragments.StoreOwn: _run_store_own,

@@ -2,16 +2,16 @@
 
 A word is 8 bytes of device memory. It holds a float32 and its stamp, the number
 of the layer that it belongs to, counted from 1 through all steps since words were
-zero; or four bfloat16 of which the first has the stamp's lowest bit in place of its second
-exponent bit, see `STAMP_BIT`. It is written and read whole, by a relaxed access
-of the scope of the GPU; who waits for a result reads its words until they bear
-the stamp. No access is ordered with any other, and none needs to be: each word
-proves that it has come (PTX ISA, "Memory Consistency Model": a scalar access of
-64 bits is single-copy atomic, and relaxed ones by two threads are morally
-strong). So there is neither a fence, which would wait for the bulk loads that
-are under way, nor a counter. One bit is enough of a stamp, since every word is
-written once in each layer, and whoever wants one has seen the layer's before, or
-that was in an earlier launch: it holds that or the one that is wanted.
+zero; or four bfloat16, of which the first has the stamp's lowest bit in place of
+its second exponent bit, see `STAMP_BIT`. It is written and read whole, by a
+relaxed access of the scope of the GPU; who waits for a result reads its words
+until they bear the stamp. No access is ordered with any other, and none needs to
+be: each word proves that it has come (PTX ISA, "Memory Consistency Model": a
+scalar access of 64 bits is single-copy atomic, and relaxed ones by two threads
+are morally strong). So there is neither a fence, which would wait for the bulk
+loads that are under way, nor a counter. One bit is enough of a stamp, since every
+word is written once in each layer, and whoever wants one has seen the layer's
+before, or that was in an earlier launch: it holds that or the one that is wanted.
 
 Words are written again in the next layer. By then all who read them have: every
 word of a layer depends on all of the last one's `output`, that on all of
@@ -23,37 +23,21 @@ words of a step's last layer, and `candidates`, which bear the same stamp, are
 written again in the next launch, which begins when this one has ended. Nothing
 needs to be zero in between.
 
-These are programs of single threads, which Pallas has no words for: each takes
-refs whole and scalars that say where. `interpreter` runs what they mean.
+`threads` says what the programs here are.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from pallas_kernels import gains, mosaic, threads
+from pallas_kernels.layouts import BF16, Index, Ref
+from pallas_kernels.threads import F32_BYTES, PIECE_COLUMNS, THREADS, tiled_byte
 
-from pallas_kernels import mosaic
-from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS, SEGMENTS, TILE
-from pallas_kernels.layouts import BF16, I32, SWIZZLED, Index, Ref
-from pallas_kernels.plan import WARPS
-
-_WARP = 32
-_THREADS = WARPS * _WARP
-_WORD_BYTES = 8
-# Payload of a word, of float32 and of bfloat16.
-_F32_BYTES = 4
+WORD_BYTES = 8
+# Payload of a word of bfloat16.
 _BF16_BYTES = 8
-# Values in a pair of words of bfloat16.
-_PAIR_COLUMNS = 8
 # A pair of words is loaded at once; so many pairs are before any is looked at.
 _MOST_IN_FLIGHT = 16
-# A tile of 8 rows of 128 bytes, in which 16 bytes c of row r are at c xor r.
-_TILE_ROW_BYTES = 128
-_TILE_BYTES = 8 * _TILE_ROW_BYTES
-_SWIZZLED_BYTES = 16
 
 # Where the first of four bfloat16 has the stamp. The highest exponent bit, one
 # to the left, tells what this one was: the other, for all from 2^-63 to 2^65.
@@ -61,18 +45,6 @@ _SWIZZLED_BYTES = 16
 STAMP_BIT = 13
 _STAMP = 1 << STAMP_BIT
 SMALLEST, LARGEST = 0x2000, 0x5FFF
-
-
-def _swizzled_byte(row: Any, byte: Any) -> Any:
-  """Returns where in its row of a tile a byte of an operand of `wgmma` is."""
-  return byte ^ (row % 8 * _SWIZZLED_BYTES)
-
-
-def tiled_byte(row: Any, byte: Any) -> Any:
-  """Returns where byte `byte` of one of an operand's 8 rows is."""
-  within = _swizzled_byte(row, byte % _TILE_ROW_BYTES)
-  tile = byte // _TILE_ROW_BYTES
-  return tile * _TILE_BYTES + row * _TILE_ROW_BYTES + within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,18 +175,14 @@ class Receive:
 
 
 def _payload_bytes(ref: Ref) -> int:
-  return _BF16_BYTES if ref.dtype == BF16 else _F32_BYTES
+  return _BF16_BYTES if ref.dtype == BF16 else F32_BYTES
 
 
 def sequences_at_once(batch: int, columns: int) -> int:
   """Returns for how many sequences all loads of bfloat16 can be under way."""
-  turns = -(-columns // (_PAIR_COLUMNS * _THREADS))
+  turns = -(-columns // (PIECE_COLUMNS * THREADS))
   most = max(1, _MOST_IN_FLIGHT // turns)
   return max(n for n in range(1, most + 1) if batch % n == 0)
-
-
-def _scalars(*values: Index) -> list[jax.Array]:
-  return [jnp.asarray(x, I32) for x in values]
 
 
 def send(
@@ -256,7 +224,13 @@ def send(
     payload_bytes,
     True,
   )
-  _run(what, [words, source], [], _scalars(first, start, count, stamp))
+  threads.run(
+    what,
+    _emit_send,
+    [words, source],
+    [],
+    threads.scalars(first, start, count, stamp),
+  )
 
 
 def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
@@ -269,11 +243,10 @@ def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
     count: how many columns.
   """
   rows, cols = source.shape
-  what = Send(rows, cols, cols, target.shape[1], None, _F32_BYTES, False)
-  _run(what, [target, source], [], _scalars(0, start, count, 0))
-
-
-Gain = tuple[Ref, Index, Ref, Index]
+  what = Send(rows, cols, cols, target.shape[1], None, F32_BYTES, False)
+  threads.run(
+    what, _emit_send, [target, source], [], threads.scalars(0, start, count, 0)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,9 +267,7 @@ class Wanted:
     num_sequences: see `Receive`.
     sequence_words: likewise.
     sequence_bytes: likewise.
-    gain: or None: `[norms, 8, columns]` float32 in device memory and which of
-      them; the warps' sums of squares of each sequence, float32 in shared
-      memory, and where the first sequence's begin.
+    gain: of the norm that follows, or None.
   """
 
   target: Ref
@@ -311,7 +282,7 @@ class Wanted:
   num_sequences: int = 1
   sequence_words: int = 0
   sequence_bytes: int = 0
-  gain: Gain | None = None
+  gain: gains.Gain | None = None
 
   @property
   def what(self) -> Receive:
@@ -344,7 +315,7 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
   gain = [] if norms is None else [norms, squares]
   plain = [w.target for w in wanted if not w.tiled]
   tiled = [w.target for w in wanted if w.tiled]
-  scalars = [
+  numbers = [
     x
     for w in wanted
     for x in (
@@ -355,189 +326,16 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
     )
   ]
   what = tuple(w.what for w in wanted)
-  _run(
-    what, [words, *gain, *plain], tiled, _scalars(norm, square, stamp, *scalars)
+  threads.run(
+    what,
+    _emit_receive,
+    [words, *gain, *plain],
+    tiled,
+    threads.scalars(norm, square, stamp, *numbers),
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Embed:
-  """Takes a row of the packed embedding to x, and some of it to the residual.
-
-  Attributes:
-    unit_chunks: chunks that a row lies in.
-    num_columns: how many go to the residual.
-  """
-
-  unit_chunks: int
-  num_columns: int
-
-  @property
-  def segment(self) -> int:
-    """Columns of a segment."""
-    return self.unit_chunks * CHUNK_COLS
-
-  @property
-  def num_pieces(self) -> int:
-    """Pieces of 16 bytes, 8 columns, in a row."""
-    return SEGMENTS * self.segment // _PAIR_COLUMNS
-
-  def _element(self, segment: Any, column: Any) -> Any:
-    """Returns where in the unit's first row a column of a segment is."""
-    half = CHUNK_COLS // 2
-    chunk, within = column // CHUNK_COLS, column % CHUNK_COLS
-    row = chunk * CHUNK_ROWS + within // half * TILE + segment
-    return row * half + within % half
-
-  def piece(self, t: Any) -> tuple[Any, Any]:
-    """Returns the element where piece t begins, and its byte in x."""
-    row_pieces = self.segment // _PAIR_COLUMNS
-    row, i = t // row_pieces, t % row_pieces
-    return (
-      self._element(row, i * _PAIR_COLUMNS),
-      tiled_byte(row, i * _SWIZZLED_BYTES),
-    )
-
-  def residual(self, t: Any, start: Any) -> tuple[Any, Any]:
-    """Returns whether there is a column `start` + t, and its element."""
-    column = start + t
-    row, within = column // self.segment, column % self.segment
-    there = (t < self.num_columns) & (row < SEGMENTS)
-    return there, self._element(row, within)
-
-
-def embed(
-  embedding: Ref,
-  first: Index,
-  x: Ref,
-  offset_bytes: Index,
-  gain: Gain,
-  residual: Ref,
-  start: Index,
-  *,
-  unit_chunks: int,
-) -> None:
-  """Looks up a token: x gets its row, and the residual stream a part of it.
-
-  Args:
-    embedding: `[P, n, 128, 64]` bfloat16, packed.
-    first: element where the first segment of the token's row begins.
-    x: the operand of `wgmma`.
-    offset_bytes: where in it the sequence begins.
-    gain: see `Wanted`.
-    residual: `[columns]` float32 in shared memory.
-    start: the first column that goes there.
-    unit_chunks: see `Embed`.
-  """
-  norms, norm, squares, square = gain
-  what = Embed(unit_chunks, residual.shape[0])
-  scalars = _scalars(norm, square, first, offset_bytes, start)
-  _run(what, [embedding, norms, squares, residual], [x], scalars)
-
-
-@dataclasses.dataclass(frozen=True)
-class Patch:
-  """Puts a new key and value among the 64 of a tile; clears later values.
-
-  What lies beyond the new token may be anything, and a value that is NaN would
-  still be NaN times 0. Keys need no clearing: their scores are masked.
-
-  Attributes:
-    head_dim: H.
-  """
-
-  head_dim: int
-
-  @property
-  def num_pieces(self) -> int:
-    """Pieces of 16 bytes in the new key and value."""
-    return 2 * self.head_dim * 2 // _SWIZZLED_BYTES
-
-  @property
-  def num_cleared(self) -> int:
-    """Pieces of 16 bytes in the tile's values."""
-    return TILE * self.head_dim * 2 // _SWIZZLED_BYTES
-
-  def copied(self, t: Any, k_row: Any, v_row: Any, row: Any) -> tuple[Any, ...]:
-    """Returns whether there is such a piece, its place, and where it goes.
-
-    The place is its number in `new`; it goes to a row of the ring and is a
-    number in that.
-    """
-    per_row = _TILE_ROW_BYTES // _SWIZZLED_BYTES
-    block, piece = t // per_row, t % per_row
-    blocks = self.head_dim // TILE
-    is_value, n = block // blocks, block % blocks
-    first = k_row + is_value * (v_row - k_row)
-    return t < self.num_pieces, t, first + n * TILE + row, piece
-
-  def cleared(self, t: Any, v_row: Any, row: Any) -> tuple[Any, ...]:
-    """Returns whether to clear a piece, and its row and number in the ring."""
-    per_row = _TILE_ROW_BYTES // _SWIZZLED_BYTES
-    ring_row, piece = t // per_row, t % per_row
-    return row < ring_row % TILE, v_row + ring_row, piece
-
-
-def patch(
-  ring: Ref, new: Ref, k_row: Index, v_row: Index, row: Index, *, head_dim: int
-) -> None:
-  """Puts `new` into a tile of keys and its values.
-
-  Args:
-    ring: `[slots, 128, 64]`, an operand of `wgmma`.
-    new: `[2, H]` bfloat16.
-    k_row: where in the ring, counted in rows of 64, the tile's keys begin.
-    v_row: likewise, its values.
-    row: the new one's row in the tile.
-    head_dim: H.
-  """
-  _run(Patch(head_dim), [new], [ring], _scalars(k_row, v_row, row))
 
 
 # ---- what the threads do ---------------------------------------------------
-
-
-def _run(
-  what: Send | tuple[Receive, ...] | Embed | Patch,
-  refs: Sequence[Ref],
-  tiled: Sequence[Ref],
-  scalars: Sequence[jax.Array],
-) -> None:
-  """Emits a program for the threads of the warpgroup."""
-  emitters: dict[type, Callable[..., None]] = {
-    Send: _emit_send,
-    tuple: _emit_receive,
-    Embed: _emit_embed,
-    Patch: _emit_patch,
-  }
-  emit = emitters[type(what)]
-
-  arg_types = (
-    *[plgpu.RefType()] * len(refs),
-    *[plgpu.RefType(SWIZZLED)] * len(tiled),
-    *[plgpu.Layout.WG_SPLAT] * len(scalars),
-  )
-
-  def program(context: Any, *args: Any) -> None:
-    del context
-    num_refs = len(refs) + len(tiled)
-    # What other threads have written to shared memory is there, and what is
-    # written here will be.
-    mosaic.warpgroup_barrier()
-    emit(
-      what,
-      *(mosaic.Address(x) for x in args[:num_refs]),
-      *(mosaic.Int(x) for x in args[num_refs:]),
-    )
-    mosaic.warpgroup_barrier()
-
-  program.what = what  # type: ignore[attr-defined]
-  plgpu.inline_mgpu(arg_types=arg_types)(program)(*refs, *tiled, *scalars)
-
-
-def _turns(count: int) -> list[Any]:
-  t = mosaic.thread_index()
-  return [t + i * _THREADS for i in range(-(-count // _THREADS))]
 
 
 def _emit_send(
@@ -549,10 +347,10 @@ def _emit_send(
   count: Any,
   stamp: Any,
 ) -> None:
-  size = _WORD_BYTES if what.stamped else what.payload_bytes
+  size = WORD_BYTES if what.stamped else what.payload_bytes
   if not what.stamped:
     code = "@p ld.shared.b32 x, [$1]; @p st.global.b32 [$0], x;"
-  elif what.payload_bytes == _F32_BYTES:
+  elif what.payload_bytes == F32_BYTES:
     code = (
       "@p ld.shared.b32 x, [$1]; mov.b64 w, {x, $3};"
       " @p st.relaxed.gpu.global.b64 [$0], w;"
@@ -564,7 +362,7 @@ def _emit_send(
       f" {_make_room('x')} or.b32 x, x, $3; mov.b64 w, {{x, y}};"
       " @p st.relaxed.gpu.global.b64 [$0], w;"
     )
-  for t in _turns(what.num_payloads):
+  for t in threads.turns(what.num_payloads):
     sent, payload, word = what.place(t, start, count)
     mosaic.asm(
       "{ .reg .pred p, e; .reg .b32 x, y, m; .reg .b64 w;"
@@ -603,51 +401,6 @@ def _take_out(x: str) -> str:
   )
 
 
-def _load_gain(n: int, operand: int) -> str:
-  return (
-    f".reg .f32 {', '.join(f'g{n}_{j}' for j in range(8))};"
-    f" ld.global.nc.v4.f32 {{g{n}_0, g{n}_1, g{n}_2, g{n}_3}}, [${operand}];"
-    f" ld.global.nc.v4.f32 {{g{n}_4, g{n}_5, g{n}_6, g{n}_7}},"
-    f" [${operand} + 16];"
-  )
-
-
-def _apply_gain(n: int, gain: int, sequence: int) -> str:
-  """Returns PTX that sums up squares of `w{n}_*`, and multiplies it."""
-  return " ".join(
-    f"shl.b32 m, w{n}_{j}, 16; mov.b32 lo, m;"
-    f" and.b32 m, w{n}_{j}, 0xFFFF0000; mov.b32 hi, m;"
-    f" fma.rn.f32 ss{sequence}, lo, lo, ss{sequence};"
-    f" fma.rn.f32 ss{sequence}, hi, hi, ss{sequence};"
-    f" mul.f32 lo, lo, g{gain}_{2 * j}; mul.f32 hi, hi, g{gain}_{2 * j + 1};"
-    f" cvt.rn.bf16x2.f32 w{n}_{j}, hi, lo;"
-    for j in range(4)
-  )
-
-
-def _store_squares(sequence: int, operand: int) -> str:
-  """Returns PTX that sums `ss` over the warp; its first thread stores it."""
-  steps = " ".join(
-    f"mov.b32 m, ss{sequence};"
-    f" shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
-    f" mov.b32 lo, m; add.f32 ss{sequence}, ss{sequence}, lo;"
-    for distance in (16, 8, 4, 2, 1)
-  )
-  return (
-    f"{steps} mov.u32 m, %laneid; setp.eq.u32 e, m, 0;"
-    f" @e st.shared.f32 [${operand}], ss{sequence};"
-  )
-
-
-def _squares(squares: Any, square: Any, sequence: int) -> Any:
-  """Returns where a warp's sum of squares goes."""
-  warp = mosaic.thread_index() // _WARP
-  return squares.plus(square + warp + sequence * WARPS, _F32_BYTES)
-
-
-_SCRATCH = ".reg .pred e; .reg .b32 m; .reg .f32 lo, hi;"
-
-
 def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
   norms = squares = None
   if what[0].gained:
@@ -658,12 +411,12 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     at = len(what) + 3 + 4 * n
     first, column, offset_bytes, valid = args[at : at + 4]
     # Without this, every thread has something to do in every turn.
-    masked = one.masked or one.num_pairs % _THREADS != 0
+    masked = one.masked or one.num_pairs % THREADS != 0
     for sequence in range(one.num_sequences):
-      for j, t in enumerate(_turns(one.num_pairs)):
+      for j, t in enumerate(threads.turns(one.num_pairs)):
         wants_a, wants_b, word, byte = one.place(sequence, t, column, valid)
         addresses = (
-          words.plus(first + word, _WORD_BYTES),
+          words.plus(first + word, WORD_BYTES),
           target.plus(byte + offset_bytes, 1),
         )
         flags = (wants_a, wants_b, t < one.num_pairs) if masked else ()
@@ -671,14 +424,14 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
   for begin in range(0, len(turns), _MOST_IN_FLIGHT):
     some = turns[begin : begin + _MOST_IN_FLIGHT]
     operands = [stamp, _bit_of(stamp)]
-    declare, load, check, store = [_SCRATCH], [], [], []
+    declare, load, check, store = [gains.SCRATCH], [], [], []
     sequences = sorted({sequence for _, sequence, *_ in some})
     if norms is not None:
       one = what[0]
       for j, t in sorted({turn[2]: turn[3] for turn in some}.items()):
-        element = norm * (one.num_rows * one.row_words * 4) + t * _PAIR_COLUMNS
-        declare.append(_load_gain(j, len(operands)))
-        operands.append(norms.plus(element, _F32_BYTES))
+        element = norm * (one.num_rows * one.row_words * 4) + t * PIECE_COLUMNS
+        declare.append(gains.load_gain(j, len(operands)))
+        operands.append(norms.plus(element, F32_BYTES))
       for sequence in sequences:
         declare.append(
           f".reg .f32 ss{sequence}; mov.f32 ss{sequence}, 0f00000000;"
@@ -700,7 +453,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
         )
         load.append(
           f"@p{n} ld.relaxed.gpu.global.b64 a{n}, [${k}];"
-          f" @q{n} ld.relaxed.gpu.global.b64 b{n}, [${k} + {_WORD_BYTES}];"
+          f" @q{n} ld.relaxed.gpu.global.b64 b{n}, [${k} + {WORD_BYTES}];"
         )
         inside = f"@in{n} "
       else:
@@ -708,7 +461,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
       check.append(
         f"mov.b64 {{w{n}_0, w{n}_1}}, a{n}; mov.b64 {{w{n}_2, w{n}_3}}, b{n};"
       )
-      if one.payload_bytes == _F32_BYTES:
+      if one.payload_bytes == F32_BYTES:
         check.append(f"xor.b32 s{n}, w{n}_1, $0; xor.b32 t{n}, w{n}_3, $0;")
         stored = f"st.shared.v2.b32 [${k + 1}], {{w{n}_0, w{n}_2}};"
       else:
@@ -718,7 +471,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
         )
         store += [_take_out(f"w{n}_0"), _take_out(f"w{n}_2")]
         if one.gained:
-          store.append(_apply_gain(n, j, sequence))
+          store.append(gains.apply_gain(n, j, sequence))
         stored = (
           f"st.shared.v4.b32 [${k + 1}], {{w{n}_0, w{n}_1, w{n}_2, w{n}_3}};"
         )
@@ -731,8 +484,8 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
       store.append(f"{inside}{stored}")
     if squares is not None:
       for sequence in sequences:
-        store.append(_store_squares(sequence, len(operands)))
-        operands.append(_squares(squares, square, sequence))
+        store.append(gains.store_squares(sequence, len(operands)))
+        operands.append(gains.squares_of(squares, square, sequence))
     mosaic.asm(
       " ".join(
         [
@@ -747,80 +500,4 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
         ]
       ),
       *operands,
-    )
-
-
-def _emit_embed(
-  what: Embed,
-  embedding: Any,
-  norms: Any,
-  squares: Any,
-  residual: Any,
-  x: Any,
-  norm: Any,
-  square: Any,
-  first: Any,
-  offset_bytes: Any,
-  start: Any,
-) -> None:
-  code = [
-    "{",
-    _SCRATCH,
-    ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
-  ]
-  operands: list[Any] = []
-  for n, t in enumerate(_turns(what.num_pieces)):
-    element, byte = what.piece(t)
-    gain = norm * (what.num_pieces * _PAIR_COLUMNS) + t * _PAIR_COLUMNS
-    k = len(operands)
-    operands += [
-      embedding.plus(first + element, 2),
-      x.plus(byte + offset_bytes, 1),
-      norms.plus(gain, _F32_BYTES),
-    ]
-    registers = ", ".join(f"w{n}_{j}" for j in range(4))
-    code += [
-      f".reg .b32 {registers}; ld.global.nc.v4.b32 {{{registers}}}, [${k}];",
-      _load_gain(n, k + 2),
-      _apply_gain(n, n, 0),
-      f"st.shared.v4.b32 [${k + 1}], {{{registers}}};",
-    ]
-  code += [_store_squares(0, len(operands)), "}"]
-  mosaic.asm(" ".join(code), *operands, _squares(squares, square, 0))
-  for t in _turns(what.num_columns):
-    there, element = what.residual(t, start)
-    mosaic.asm(
-      "{ .reg .pred p; .reg .b16 h, z; .reg .b32 w; setp.ne.b32 p, $2, 0;"
-      " mov.b16 h, 0; mov.b16 z, 0; @p ld.global.nc.b16 h, [$0];"
-      " mov.b32 w, {z, h}; @p st.shared.b32 [$1], w; }",
-      embedding.plus(first + element, 2),
-      residual.plus(t, _F32_BYTES),
-      there,
-    )
-
-
-def _emit_patch(
-  what: Patch, new: Any, ring: Any, k_row: Any, v_row: Any, row: Any
-) -> None:
-  def place(ring_row: Any, piece: Any) -> Any:
-    within = _swizzled_byte(ring_row, piece * _SWIZZLED_BYTES)
-    return ring.plus(ring_row * _TILE_ROW_BYTES + within, 1)
-
-  for t in _turns(what.num_pieces):
-    there, source, ring_row, piece = what.copied(t, k_row, v_row, row)
-    mosaic.asm(
-      "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0;"
-      " @p ld.shared.v4.b32 {a, b, c, d}, [$0];"
-      " @p st.shared.v4.b32 [$1], {a, b, c, d}; }",
-      new.plus(source, _SWIZZLED_BYTES),
-      place(ring_row, piece),
-      there,
-    )
-  for t in _turns(what.num_cleared):
-    beyond, ring_row, piece = what.cleared(t, v_row, row)
-    mosaic.asm(
-      "{ .reg .pred p; .reg .b32 z; mov.b32 z, 0; setp.ne.b32 p, $1, 0;"
-      " @p st.shared.v4.b32 [$0], {z, z, z, z}; }",
-      place(ring_row, piece),
-      beyond,
     )

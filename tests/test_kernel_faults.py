@@ -25,7 +25,7 @@ if interpreter.missing():
 
 from interpreted_step import NINE_CTAS, TINY, Case, check
 
-from pallas_kernels import fragments, kernel, steps, words
+from pallas_kernels import fragments, kernel, patching, steps
 from pallas_kernels.geometry import TILE
 
 # One layer is enough unless a fault needs a second one; the interpreter's time
@@ -184,10 +184,10 @@ def _attend_to(more):
     def patch(ring, new, k_row, v_row, row, **kwargs):
       real(ring, new, k_row, v_row, row - more, **kwargs)
 
-    real = words.patch
+    real = patching.patch
     with (
       mock.patch.object(self, "positions", _Plus(self.positions, more)),
-      mock.patch.object(words, "patch", patch),
+      mock.patch.object(patching, "patch", patch),
     ):
       return kernel.Cta.attend_tiles(self, *args)
 
