@@ -37,7 +37,7 @@ def test_figures_are_those_of_their_files():
   assert len(rows) >= 2
   for row, path in rows:
     cells = [cell.strip() for cell in row.split("|")]
-    device, model, step_ms, gbps, share = cells
+    device, model, _, step_ms, gbps, share = cells
     result = json.loads((_ROOT / path).read_text())
     kind = result["device"]
     kind = kind["kind"] if isinstance(kind, dict) else kind
