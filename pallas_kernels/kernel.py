@@ -91,7 +91,6 @@ class Cta(MatmulPhases, AttentionPhase):
         s.qkv,
         fill_qkv,
         functools.partial(self.finish_qkv, stamp),
-        follows=True,
       )
       i = self.for_items(
         lambda item, i: self.attention_item(item, i, layer, stamp), i
@@ -118,12 +117,16 @@ class Cta(MatmulPhases, AttentionPhase):
         self.receive_x("hidden", s.down, g.gate_up_rows // 2, block, stamp)
         plgpu.commit_smem()
 
-      return self.matmul(
-        i,
-        s.down,
-        fill_down,
-        functools.partial(self.finish_residual, "output", stamp),
-      )
+      def finish_down(row: Index, num_rows: Index) -> None:
+        self.finish_residual("output", stamp, row, num_rows)
+
+        # Some CTAs have rows of the LM head only. They see none of the layers,
+        # and in `output` could not tell the last one from the one before it.
+        @pl.when(layer == self.num_layers - 1)
+        def _() -> None:
+          self.send_results("final", row, num_rows, self.step + 1)
+
+      return self.matmul(i, s.down, fill_down, finish_down)
 
     self.embed(0)
     plgpu.commit_smem()
@@ -132,7 +135,7 @@ class Cta(MatmulPhases, AttentionPhase):
     self.matmul(
       i,
       s.lm_head,
-      lambda _: fill_normed("output", 2 * self.num_layers, after),
+      lambda _: fill_normed("final", 2 * self.num_layers, self.step + 1),
       self.finish_lm_head,
     )
     self.choose(after)

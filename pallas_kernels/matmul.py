@@ -43,7 +43,6 @@ class MatmulPhases(Stream, Activations):
     matmul: Matmul,
     fill: Callable[[Index], None],
     finish: Callable[[Index, Index], None],
-    follows: bool = False,
   ) -> Index:
     """Multiplies this CTA's units of a matrix with the activations.
 
@@ -54,9 +53,6 @@ class MatmulPhases(Stream, Activations):
         and writes it to x. Once, if all columns are one block.
       finish: called for each group of units when their sums are in `sums`, with
         the first row of the matrix and the number of rows.
-      follows: whether to call `fill` even if this CTA has no units, because it
-        will want words of the same place later: of their stamps one bit is
-        seen, and who has not seen the last one cannot tell the next.
 
     Returns:
       The stream's next index.
@@ -66,15 +62,12 @@ class MatmulPhases(Stream, Activations):
     first, count = self.runs[matmul.name]
     per_unit, num_blocks = matmul.chunks_per_unit, plan.num_blocks(matmul)
 
-    if num_blocks == 1:
-
-      @pl.when(follows | (count > 0))
-      def _fill() -> None:
+    @pl.when(count > 0)
+    def _() -> None:
+      if num_blocks == 1:
         with self.span("fill"):
           fill(0)
 
-    @pl.when(count > 0)
-    def _() -> None:
       def group(n: Index) -> None:
         begin = n * GROUP_UNITS
         num_units = jnp.minimum(count - begin, GROUP_UNITS)

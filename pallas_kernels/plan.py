@@ -141,6 +141,7 @@ class Plan:
       middle=(self.batch, g.hidden_rows // 4),
       hidden=(self.batch, round_up(g.gate_up_rows // 8, 2)),
       output=(self.batch, g.hidden_rows // 4),
+      final=(self.batch, g.hidden_rows // 4),
       parts=(
         self.num_items if self.splits > 1 else 0,
         self.part.num_words,

@@ -12,6 +12,8 @@ are morally strong). So there is neither a fence, which would wait for the bulk
 loads that are under way, nor a counter. One bit is enough of a stamp, since every
 word is written once in each layer, and whoever wants one has seen the layer's
 before, or that was in an earlier launch: it holds that or the one that is wanted.
+Only `final`, what the last layer puts out, goes to CTAs that see no layer; it is
+written once in each launch, and its stamp counts steps.
 
 Words are written again in the next layer. By then all who read them have: every
 word of a layer depends on all of the last one's `output`, that on all of

@@ -120,8 +120,11 @@ def _words_of_the_layer_before(
   kernel.Cta.receive_x(self, name, matmul, valid, block, stamp - 1, norm)
 
 
-def _follow_nothing(self, i, matmul, fill, finish, follows=False):
-  return kernel.Cta.matmul(self, i, matmul, fill, finish)
+def _last_output(self, name, matmul, valid, block, stamp, norm=None):
+  # The LM head's x by the words of every layer.
+  if name == "final":
+    name, stamp = "output", self.step * self.num_layers + self.num_layers
+  kernel.Cta.receive_x(self, name, matmul, valid, block, stamp, norm)
 
 
 def _norm_of_the_phase_before(self, b):
@@ -285,10 +288,12 @@ _FAULTS = {
     _TWO_CTAS, "last written through alias", _instead(receive_x=_nothing)
   ),
   "results of the layer before are taken": _Fault(
-    _TWO_LAYERS, "written again", _instead(receive_x=_words_of_the_layer_before)
+    _TWO_LAYERS,
+    "written again|is taken for",
+    _instead(receive_x=_words_of_the_layer_before),
   ),
-  "a CTA without a part in the layers does not follow": _Fault(
-    NINE_CTAS, "is taken for", _instead(matmul=_follow_nothing)
+  "who has seen no layer waits for the last one's words": _Fault(
+    NINE_CTAS, "is taken for", _instead(receive_x=_last_output)
   ),
   "results bear the next layer's stamp": _Fault(
     _TWO_CTAS, "written again|deadlock", _send_as(lambda r, n, s: (r, n, s + 1))
