@@ -1,9 +1,10 @@
 """The implementations of a decode step, and which of them can run here.
 
 An implementation maps one new token per sequence and the cache to logits and
-the extended cache. All share the cache's layout, so that one can take over
-from another in the middle of a sequence; prompts always go through the
-reference. Which one runs depends on nothing that is traced.
+the extended cache; it may also have a loop of its own over steps that choose
+greedily. All share the cache's layout, so that one can take over from another in
+the middle of a sequence; prompts always go through the reference. Which one runs
+depends on nothing that is traced.
 """
 
 import dataclasses

@@ -109,7 +109,7 @@ class AttentionPhase(Stream):
 
   def receive_new(self, b: Index, head: Index, stamp: Index) -> None:
     """Waits for the group's queries, and the new key and value."""
-    # The last layer's have been read from `new` on their way to the cache.
+    # The last item's have been read from `new` on their way to the cache.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     g = self.geometry
     first, row_words = self.plan.exchanges["qkv"]

@@ -26,7 +26,7 @@ CHUNK_WIDTH = SEGMENTS * CHUNK_COLS
 TILE = 64
 MAX_BATCH = 8
 MAX_GROUP = 8
-# Shared memory holds the normed activations of every sequence.
+# Shared memory holds the activations before a norm, of every sequence.
 MAX_HIDDEN_SIZE = 8192
 # Token ids are compared as float32.
 MAX_VOCAB_SIZE = 2**24

@@ -25,11 +25,7 @@ SWIZZLED = (
 
 
 def rows_layout(cols: int) -> Any:
-  """Returns the layout of `[8, cols]` arrays, a row per segment or query.
-
-  Two rows per warp, 16 lanes across one: half a warp then covers 128 bytes of a
-  bfloat16 row, in which no two lanes of a swizzled store conflict.
-  """
+  """Returns the layout of `[8, cols]` arrays: two rows per warp, 16 lanes each."""
   width = min(cols, TILE)
   return plgpu.Layout.TILED(
     plgpu.Tiling(((8, width), (2, width), (width // 16,))),

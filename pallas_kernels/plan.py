@@ -112,7 +112,10 @@ class Plan:
 
   @property
   def x_chunks(self) -> int:
-    """Chunks of columns of which shared memory holds the activations."""
+    """Chunks of columns of which shared memory holds the activations.
+
+    What goes through a norm is there whole.
+    """
     normed = self.schedule.qkv.chunks_per_unit
     longest = max(m.chunks_per_unit for m in self.schedule.matmuls)
     chunk_bytes = self.batch * SEGMENTS * CHUNK_COLS * 2

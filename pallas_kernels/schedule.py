@@ -132,7 +132,8 @@ def split_of(position: Any, split: Any, most: int) -> tuple[Any, Any, Any, Any]:
 
   A round takes about as long for one tile as for four, and a split that does
   not save a round only costs: its part must be sent and merged. On an H100 a
-  round was expected to take 1.1 us, and parts 0.8 us for every few. So there
+  round is expected to take 1.1 us, and parts 0.8 us for every few (not timed one
+  by one, and counted here for heads of 64, of which 5 parts are few). So there
   are as few rounds as the CTAs allow, then as few splits as do with these, and
   those are even: with 8 KV heads on 132 CTAs, 1 split up to 4 tiles, 2 of 4
   for 8, 16 of 4 for 64 (3 batches of parts, 3.5 us), 9 of 8 for 65 (2 batches,
@@ -141,7 +142,7 @@ def split_of(position: Any, split: Any, most: int) -> tuple[Any, Any, Any, Any]:
   Args:
     position: int32 scalar, position of the new token: keys `[0, position]`.
     split: int32 scalar in `[0, most)`.
-    most: from `max_splits`.
+    most: from `Plan.splits`.
 
   Returns:
     `(first, last + 1, number of tiles, number of splits)`; first is not below

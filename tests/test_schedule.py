@@ -126,11 +126,12 @@ def test_what_one_matrix_writes_is_what_the_next_one_reads(name):
     plan = make_plan(g, 3, 1024, num_ctas)
     s = plan.schedule
     words = {key: words for key, (_, words) in plan.exchanges.items()}
-    # Two to a word, of gate and up one for both.
-    assert 2 * words["qkv"] == s.qkv.rows
-    assert 2 * words["middle"] == s.o.rows
-    assert 2 * words["hidden"] == s.gate_up.rows // 2
-    assert 2 * words["output"] == s.down.rows
+    # Four to a word, of gate and up one for both; words come in pairs.
+    assert 4 * words["qkv"] == s.qkv.rows
+    assert 4 * words["middle"] == s.o.rows
+    assert 0 <= 4 * words["hidden"] - s.gate_up.rows // 2 <= 4
+    assert 4 * words["output"] == 4 * words["final"] == s.down.rows
+    assert all(first % 2 == 0 for first, _ in plan.exchanges.values())
     # Columns beyond what is written are padding.
     heads_width = g.num_attention_heads * g.head_dim
     for written, matmuls in (
@@ -141,7 +142,7 @@ def test_what_one_matrix_writes_is_what_the_next_one_reads(name):
     ):
       for matmul in matmuls:
         assert written <= matmul.cols < written + 1024
-    assert 2 * words["attended"] == heads_width
+    assert 4 * words["attended"] == heads_width
     # A CTA keeps its rows of the residual stream to itself.
     np.testing.assert_array_equal(s.o.table(), s.down.table())
 
@@ -152,7 +153,7 @@ def test_exchanges_do_not_overlap(name):
   for batch, num_ctas, capacity in ((1, 132, 4096), (8, 132, 64), (3, 2, 512)):
     plan = make_plan(g, batch, capacity, num_ctas)
     rows = dict.fromkeys(("qkv", "attended", "middle", "hidden"), batch)
-    rows |= dict(output=batch, candidates=2 * batch)
+    rows |= dict(output=batch, final=batch, candidates=2 * batch)
     if plan.splits > 1:
       rows["parts"] = batch * g.num_key_value_heads * plan.splits
     taken = np.zeros(plan.num_words, int)
