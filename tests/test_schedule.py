@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import geometry, schedule
+from pallas_kernels import geometry, schedule, tuning
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.plan import make_plan
 from pallas_kernels.schedule import Matmul, make_schedule, split_of
@@ -306,3 +306,23 @@ def test_blocks_cover_every_chunk():
         # What is normed is normed as a whole.
         if matmul.name not in ("o", "down"):
           assert num_blocks == 1
+
+
+@pytest.mark.parametrize("device_kind", [None, "some GPU", "NVIDIA H200"])
+@pytest.mark.parametrize("hidden_size", [1, 576, 2048, 4096, 8192])
+def test_every_device_and_width_has_chunks_in_flight(device_kind, hidden_size):
+  chunks = tuning.in_flight(device_kind, hidden_size)
+  # One at a time would leave memory idle; the smallest ring has 3 slots.
+  assert chunks >= 2
+  assert chunks >= tuning.in_flight(device_kind, 1)
+
+
+def test_a_plan_takes_the_chunks_in_flight_of_its_device():
+  g = _MODELS["llama-3.2-1b"]
+  plans = {
+    kind: make_plan(g, 1, 64, 132, kind)
+    for kind in (None, "NVIDIA H100 80GB HBM3", "NVIDIA H200")
+  }
+  assert plans[None] == plans["NVIDIA H100 80GB HBM3"]
+  assert plans[None].in_flight == 2
+  assert plans["NVIDIA H200"].in_flight == 3
