@@ -45,6 +45,8 @@ _TWO_CTAS = Case(_LAYER, 2, 64, (2,))
 _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 # Uneven runs, groups of fewer units than most.
 _THREE_CTAS = Case(_LAYER, 3, 64, (2,))
+# Two rounds, of which the first has nothing to patch, and so commits nothing.
+_TWO_ROUNDS = Case(_LAYER, 1, 320, (300,))
 # Two parts of one head's keys, five tiles and so a long and a short one.
 _SPLIT_KEYS = Case(_LAYER, 2, 320, (300,))
 _THREE_SPLITS = Case(_LAYER, 3, 640, (600,))
@@ -332,7 +334,7 @@ _FAULTS = {
     _FEW_KEYS, "races", _in("compute", "commit_smem")
   ),
   "queries and new keys are not committed": _Fault(
-    _NEXT_TILE, "races", _in("receive_new", "commit_smem")
+    _TWO_ROUNDS, "races", _in("receive_new", "commit_smem")
   ),
   "weights of keys are not committed": _Fault(
     _FEW_KEYS, "races", _in("attend_tiles", "commit_smem")
@@ -384,7 +386,7 @@ _FAULTS = {
   ),
   # From step to step.
   "stamps are those of the first step": _Fault(
-    _TWO_CTAS, "is sent with", _in("compute", None, step=lambda x: x - 1)
+    _TWO_CTAS, "is taken for", _in("compute", None, step=lambda x: x - 1)
   ),
   "the angles of the first step": _Fault(
     _FEW_KEYS, "new rows", _in("load_angles", None, step=lambda x: x - 1)
