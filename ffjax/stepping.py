@@ -23,6 +23,7 @@ from ffjax.implementation import (
 )
 from ffjax.params import Model
 from ffjax.sampling import Sampling, choose
+from pallas_kernels.steps import NO_TOKEN
 
 # Attention scores of a chunk of a prompt may take about this much memory.
 _SCORES_BYTES = 256 * 2**20
@@ -32,9 +33,6 @@ _MAX_CHUNK = 512
 # each look is a wait for the host. An implementation's own steps look as they
 # like.
 _STEPS_PER_LOOK = 8
-
-# Emitted for a sequence that has ended.
-NO_TOKEN = -1
 
 
 @struct.dataclass

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels import embedding, words
 from pallas_kernels.cta import CtaBase
+from pallas_kernels.gains import Gain
 from pallas_kernels.geometry import (
   CHUNK_COLS,
   CHUNK_ROWS,
@@ -69,13 +70,15 @@ class Activations(CtaBase):
         num_sequences=at_once,
         sequence_words=row_words,
         sequence_bytes=self.sequence_bytes,
-        gain=None
-        if norm is None
-        else (self.norms, norm, self.squares, b * WARPS),
+        gain=None if norm is None else self.gain(norm, b),
       )
       words.receive(self.words, stamp, wanted)
 
     fori(0, plan.batch // at_once, sequences)
+
+  def gain(self, norm: Index, b: Index) -> Gain:
+    """Returns how activations are normed on their way, from sequence b on."""
+    return self.norms, norm, self.squares, b * WARPS
 
   def _whole(self, matmul: Matmul, valid: int) -> bool:
     """Whether neither the columns nor the last block are padded."""
@@ -107,7 +110,7 @@ class Activations(CtaBase):
         + row * (SEGMENTS * CHUNK_COLS // 2),
         self.x,
         b * self.sequence_bytes,
-        (self.norms, norm, self.squares, b * WARPS),
+        self.gain(norm, b),
         self.residual.at[b],
         first * UNIT_ROWS,
         unit_chunks=per_unit,

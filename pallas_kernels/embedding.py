@@ -86,7 +86,7 @@ def embed(
   norms, norm, squares, square = gain
   what = Embed(unit_chunks, residual.shape[0])
   refs = [embedding, norms, squares, residual]
-  numbers = threads.scalars(norm, square, first, offset_bytes, start)
+  numbers = [norm, square, first, offset_bytes, start]
   threads.run(what, _emit_embed, refs, [x], numbers)
 
 

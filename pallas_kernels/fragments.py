@@ -8,23 +8,20 @@ maxima of Pallas go through. Words are read and written as in `words`;
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, threads
 from pallas_kernels.geometry import SEGMENTS, TILE
-from pallas_kernels.layouts import F32, I32, SWIZZLED, Index, Ref
+from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.parts import Part
 from pallas_kernels.plan import MASKED
-from pallas_kernels.threads import F32_BYTES, TILE_BYTES, tiled_byte
+from pallas_kernels.threads import F32_BYTES, TILE_BYTES, WARP, tiled_byte
 from pallas_kernels.words import WORD_BYTES
 
-_WGMMA = plgpu.Layout.WGMMA
 # Values that a thread holds of `[64, 8]`, in two rows.
 _VALUES = 4
 
@@ -91,7 +88,15 @@ def send_part(
     state: what to send.
     part: how.
   """
-  _run(SendPart(part), [words], state, [first, stamp])
+  threads.run(
+    SendPart(part),
+    _emit_send,
+    [words],
+    [],
+    [first, stamp],
+    arrays=state,
+    meets_before=False,
+  )
 
 
 def merge_parts(
@@ -115,8 +120,15 @@ def merge_parts(
   Returns:
     The state of all these keys.
   """
-  return _run(
-    MergeParts(part), [words], state, [first, count, stamp], len(state)
+  return threads.run(
+    MergeParts(part),
+    _emit_merge,
+    [words],
+    [],
+    [first, count, stamp],
+    arrays=state,
+    num_results=len(state),
+    meets_before=False,
   )
 
 
@@ -130,7 +142,16 @@ def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
     adds: whether there is a sum already.
   """
   batch, row_values = sums.shape
-  _run(StoreOwn(batch, row_values, adds), [sums], (products,), [u])
+  what = StoreOwn(batch, row_values, adds)
+  threads.run(
+    what,
+    _emit_store_own,
+    [sums],
+    [],
+    [u],
+    arrays=[products],
+    meets_before=False,
+  )
 
 
 def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
@@ -140,67 +161,25 @@ def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
     weights: `[64, 8]` float32 of each tile.
     p: `[8, keys]` bfloat16, an operand of `wgmma`.
   """
-  _run(StoreWeights(), [p], weights, [])
+  threads.run(
+    StoreWeights(),
+    _emit_store_weights,
+    [],
+    [p],
+    [],
+    arrays=weights,
+    meets_before=False,
+    meets_after=False,
+  )
 
 
 # ---- what the threads do ---------------------------------------------------
 
 
-def _run(
-  what: SendPart | MergeParts | StoreOwn | StoreWeights,
-  refs: Sequence[Ref],
-  arrays: Sequence[jax.Array],
-  scalars: Sequence[Index],
-  num_results: int = 0,
-) -> State:
-  """Emits a program for the threads of the warpgroup.
-
-  Returns:
-    Its results, `[64, 8]` float32.
-  """
-  emitters: dict[type, Callable[..., list[Any]]] = {
-    SendPart: _emit_send,
-    MergeParts: _emit_merge,
-    StoreOwn: _emit_store_own,
-    StoreWeights: _emit_store_weights,
-  }
-  emit = emitters[type(what)]
-  tiled = isinstance(what, StoreWeights)
-  arg_types = (
-    *[plgpu.RefType(SWIZZLED if tiled else ())] * len(refs),
-    *[_WGMMA] * len(arrays),
-    *[plgpu.Layout.WG_SPLAT] * len(scalars),
-  )
-  result = plgpu.ShapeDtypeStruct((TILE, 8), F32, layout=_WGMMA)
-
-  def program(context: Any, *args: Any) -> list[Any]:
-    del context
-    at, end = len(refs), len(refs) + len(arrays)
-    results = emit(
-      what,
-      *(mosaic.Address(x) for x in args[:at]),
-      *(mosaic.registers(x) for x in args[at:end]),
-      *(mosaic.Int(x) for x in args[end:]),
-    )
-    # What is written to shared memory here is there, and before anybody goes
-    # on all have read their words. Weights wait for their commit.
-    if not tiled:
-      mosaic.warpgroup_barrier()
-    return [mosaic.wgmma_array(x) for x in results]
-
-  program.what = what  # type: ignore[attr-defined]
-  return tuple(
-    plgpu.inline_mgpu(arg_types=arg_types, return_type=[result] * num_results)(
-      program
-    )(*refs, *arrays, *(jnp.asarray(x, I32) for x in scalars))
-    or ()
-  )
-
-
 def _place() -> tuple[Any, Any]:
   """Returns this thread's first row and column."""
   t = mosaic.thread_index()
-  return t // 32 * 16 + t % 32 // 4, t % 4 * 2
+  return t // WARP * 16 + t % WARP // 4, t % 4 * 2
 
 
 def _emit_send(what: SendPart, words: Any, *args: Any) -> list[Any]:

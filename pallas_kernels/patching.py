@@ -65,7 +65,7 @@ def patch(
     row: the new one's row in the tile.
     head_dim: H.
   """
-  numbers = threads.scalars(k_row, v_row, row)
+  numbers = [k_row, v_row, row]
   threads.run(Patch(head_dim), _emit_patch, [new], [ring], numbers)
 
 

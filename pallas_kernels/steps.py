@@ -29,8 +29,8 @@ TOKEN_IDS, POSITIONS, ACTIVE, CLOCK = range(4)
 # Launches between two looks, each of which is a wait for the host.
 LAUNCHES_PER_LOOK = 32
 
-# In `emitted` where no token has come.
-_NONE = -1
+# Emitted for a sequence that has ended.
+NO_TOKEN = -1
 
 Operands = dict[str, jax.Array]
 # From all operands to the logits and the operands that have changed.
@@ -123,7 +123,7 @@ def operands(
     w_down=packed["down"],
     w_lm_head=packed["lm_head"],
     embedding=packed["embedding"],
-    emitted=jnp.full(shapes["emitted"][0], _NONE, jnp.int32),
+    emitted=jnp.full(shapes["emitted"][0], NO_TOKEN, jnp.int32),
     words=jnp.zeros(*shapes["words"]),
     k_cache=k_cache,
     v_cache=v_cache,

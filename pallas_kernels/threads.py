@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.layouts import I32, SWIZZLED, Index, Ref
+from pallas_kernels.geometry import TILE
+from pallas_kernels.layouts import F32, I32, SWIZZLED, Index, Ref
 from pallas_kernels.plan import WARPS
 
 WARP = 32
@@ -47,45 +48,63 @@ def turns(count: int) -> list[Any]:
   return [t + i * THREADS for i in range(-(-count // THREADS))]
 
 
-def scalars(*values: Index) -> list[jax.Array]:
-  """Returns what a program takes as scalars."""
-  return [jnp.asarray(x, I32) for x in values]
-
-
 def run(
   what: Any,
-  emit: Callable[..., None],
+  emit: Callable[..., Sequence[Any] | None],
   refs: Sequence[Ref],
   tiled: Sequence[Ref],
-  numbers: Sequence[jax.Array],
-) -> None:
+  scalars: Sequence[Index],
+  *,
+  arrays: Sequence[jax.Array] = (),
+  num_results: int = 0,
+  meets_before: bool = True,
+  meets_after: bool = True,
+) -> tuple[jax.Array, ...]:
   """Emits a program.
 
   Args:
     what: describes it.
-    emit: emits it, given that, an address for each ref and the scalars.
+    emit: emits it, given that, an address for each ref, what the thread holds
+      of each array, and the scalars; returns what it holds of each result.
     refs: plain ones.
     tiled: operands of `wgmma`.
-    numbers: int32 scalars.
+    scalars: int32.
+    arrays: `[64, n]` float32, results of `wgmma`.
+    num_results: how many results there are.
+    meets_before: whether all threads are there first: what others have written
+      to shared memory then is, too.
+    meets_after: whether they are at the end: what is written to shared memory
+      here then is there, and all have read their words.
+
+  Returns:
+    Its results, `[64, 8]` float32.
   """
+  num_refs, num_arrays = len(refs) + len(tiled), len(arrays)
   arg_types = (
     *[plgpu.RefType()] * len(refs),
     *[plgpu.RefType(SWIZZLED)] * len(tiled),
-    *[plgpu.Layout.WG_SPLAT] * len(numbers),
+    *[plgpu.Layout.WGMMA] * num_arrays,
+    *[plgpu.Layout.WG_SPLAT] * len(scalars),
   )
+  result = plgpu.ShapeDtypeStruct((TILE, 8), F32, layout=plgpu.Layout.WGMMA)
 
-  def program(context: Any, *args: Any) -> None:
+  def program(context: Any, *args: Any) -> list[Any]:
     del context
-    num_refs = len(refs) + len(tiled)
-    # What other threads have written to shared memory is there, and what is
-    # written here will be.
-    mosaic.warpgroup_barrier()
-    emit(
+    if meets_before:
+      mosaic.warpgroup_barrier()
+    results = emit(
       what,
       *(mosaic.Address(x) for x in args[:num_refs]),
-      *(mosaic.Int(x) for x in args[num_refs:]),
+      *(mosaic.registers(x) for x in args[num_refs:][:num_arrays]),
+      *(mosaic.Int(x) for x in args[num_refs + num_arrays :]),
     )
-    mosaic.warpgroup_barrier()
+    if meets_after:
+      mosaic.warpgroup_barrier()
+    return [mosaic.wgmma_array(x) for x in results or ()]
 
   program.what = what  # type: ignore[attr-defined]
-  plgpu.inline_mgpu(arg_types=arg_types)(program)(*refs, *tiled, *numbers)
+  call = plgpu.inline_mgpu(
+    arg_types=arg_types, return_type=[result] * num_results
+  )(program)
+  numbers = (jnp.asarray(x, I32) for x in scalars)
+  return tuple(call(*refs, *tiled, *arrays, *numbers) or ())

@@ -231,7 +231,7 @@ def send(
     _emit_send,
     [words, source],
     [],
-    threads.scalars(first, start, count, stamp),
+    [first, start, count, stamp],
   )
 
 
@@ -246,9 +246,7 @@ def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
   """
   rows, cols = source.shape
   what = Send(rows, cols, cols, target.shape[1], None, F32_BYTES, False)
-  threads.run(
-    what, _emit_send, [target, source], [], threads.scalars(0, start, count, 0)
-  )
+  threads.run(what, _emit_send, [target, source], [], [0, start, count, 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +331,7 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
     _emit_receive,
     [words, *gain, *plain],
     tiled,
-    threads.scalars(norm, square, stamp, *numbers),
+    [norm, square, stamp, *numbers],
   )
 
 
