@@ -137,12 +137,7 @@ def main(argv: list[str]) -> None:
   harness.Result(
     bench="bench.decode",
     flags=flags.values(
-      flags.PRESET,
-      flags.BATCH,
-      flags.PROMPT,
-      flags.STEPS,
-      flags.WARM_UPS,
-      flags.REPEATS,
+      *flags.LOOP,
       _DTYPE,
       _IMPLEMENTATION,
       _TEMPERATURE,

@@ -27,6 +27,9 @@ COMMIT = flags.DEFINE_string(
   "commit", None, "Commit of this tree, where it is a copy without .git."
 )
 
+# What a loop of steps is made of.
+LOOP = (PRESET, BATCH, PROMPT, STEPS, WARM_UPS, REPEATS)
+
 flags.register_validator(
   PROMPT,
   lambda lengths: all(x.isdecimal() and int(x) > 1 for x in lengths),

@@ -187,6 +187,40 @@ class Measurement:
     )
 
 
+def step_measurements(
+  step_ms: Mapping[str, Sequence[float]],
+  samples: Samples[Any],
+  check: Check,
+  bytes_per_step: int,
+  ceiling_gbps: float | None,
+  details: Mapping[str, Any],
+) -> list[Measurement]:
+  """Returns the measurements of steps of one kind.
+
+  Args:
+    step_ms: milliseconds per step of each candidate.
+    samples: the calls that they are from.
+    check: of all of them.
+    bytes_per_step: see `Measurement`.
+    ceiling_gbps: likewise.
+    details: likewise.
+  """
+  return [
+    Measurement(
+      name=name,
+      unit="ms",
+      samples=timed_ms,
+      warm_ups=samples.warm_ups,
+      check=check,
+      clocks=samples.clocks,
+      bytes_per_step=bytes_per_step,
+      ceiling_gbps=ceiling_gbps,
+      details=details,
+    )
+    for name, timed_ms in step_ms.items()
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
   """All that one process found out.

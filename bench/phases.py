@@ -112,34 +112,26 @@ def main(argv: list[str]) -> None:
     print(f"the profiler failed: {e}")
     found = None
   launched = found and dataclasses.asdict(found)
-  details = dict(batch=batch, prompt=length, steps=num_steps)
+  measurements = harness.step_measurements(
+    timed_ms,
+    samples,
+    checked,
+    model.bytes_per_step(batch, length + num_steps / 2),
+    measured["read_gbps"],
+    dict(batch=batch, prompt=length, steps=num_steps),
+  )
+  # What was counted is the whole step's.
+  measurements[0] = dataclasses.replace(
+    measurements[0],
+    details={**measurements[0].details, "launches": launched},
+  )
   harness.Result(
     bench="bench.phases",
-    flags=flags.values(
-      flags.PRESET,
-      flags.BATCH,
-      flags.PROMPT,
-      flags.STEPS,
-      flags.WARM_UPS,
-      flags.REPEATS,
-    ),
+    flags=flags.values(*flags.LOOP),
     device=environment.jax_device(),
     commit=commit,
     data=loops.DATA,
-    measurements=[
-      harness.Measurement(
-        name=name,
-        unit="ms",
-        samples=step_ms,
-        warm_ups=samples.warm_ups,
-        check=checked,
-        clocks=samples.clocks,
-        bytes_per_step=model.bytes_per_step(batch, length + num_steps / 2),
-        ceiling_gbps=measured["read_gbps"],
-        details=details | ({"launches": launched} if i == 0 else {}),
-      )
-      for i, (name, step_ms) in enumerate(timed_ms.items())
-    ],
+    measurements=measurements,
     ceilings=measured,
   ).report(flags.OUTPUT.value)
   whole_ms, bare_ms = (

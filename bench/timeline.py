@@ -77,19 +77,17 @@ def main(argv: list[str]) -> None:
   checked = check(model, token_ids, capacity, samples.timed)
   counted = np.mean([r.counted for r in samples.timed["kernel, counting"]], 0)
   found = phase_times.timeline(counted)
-  measurements = [
-    harness.Measurement(
-      name=name,
-      unit="ms",
-      samples=[run.step_ms for run in runs],
-      warm_ups=samples.warm_ups,
-      check=checked,
-      clocks=samples.clocks,
-      bytes_per_step=model.bytes_per_step(batch, position),
-      details=dict(batch=batch, position=position, launches=_LAUNCHES.value),
-    )
-    for name, runs in samples.timed.items()
-  ]
+  step_ms = {
+    name: [run.step_ms for run in runs] for name, runs in samples.timed.items()
+  }
+  measurements = harness.step_measurements(
+    step_ms,
+    samples,
+    checked,
+    model.bytes_per_step(batch, position),
+    None,
+    dict(batch=batch, position=position, launches=_LAUNCHES.value),
+  )
   # What was counted belongs to the kernel that counts.
   measurements[1] = dataclasses.replace(
     measurements[1],

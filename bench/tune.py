@@ -65,31 +65,18 @@ def main(argv: list[str]) -> None:
     raise harness.CheckFailedError(f"other tokens with {others}")
   harness.Result(
     bench="bench.tune",
-    flags=flags.values(
-      flags.PRESET,
-      flags.BATCH,
-      flags.PROMPT,
-      flags.STEPS,
-      flags.WARM_UPS,
-      flags.REPEATS,
-    ),
+    flags=flags.values(*flags.LOOP),
     device=environment.jax_device(),
     commit=commit,
     data=loops.DATA,
-    measurements=[
-      harness.Measurement(
-        name=name,
-        unit="ms",
-        samples=step_ms,
-        warm_ups=samples.warm_ups,
-        check=checked,
-        clocks=samples.clocks,
-        bytes_per_step=model.bytes_per_step(batch, length),
-        ceiling_gbps=measured["read_gbps"],
-        details=dict(batch=batch, prompt=length, steps=num_steps),
-      )
-      for name, step_ms in samples.timed.items()
-    ],
+    measurements=harness.step_measurements(
+      samples.timed,
+      samples,
+      checked,
+      model.bytes_per_step(batch, length),
+      measured["read_gbps"],
+      dict(batch=batch, prompt=length, steps=num_steps),
+    ),
     ceilings=measured,
   ).report(flags.OUTPUT.value)
 
