@@ -107,13 +107,14 @@ class MatmulPhases(Stream, Activations):
       fill(block)
     # The stream brings the group's chunks block by block.
     at = i + begin * per_unit + num_units * (block * per_block)
-    fori(
-      0,
-      num_units,
-      lambda u: self.multiply_unit(
-        at + u * num_chunks, num_chunks, u, block > 0
-      ),
-    )
+    with self.span("multiply"):
+      fori(
+        0,
+        num_units,
+        lambda u: self.multiply_unit(
+          at + u * num_chunks, num_chunks, u, block > 0
+        ),
+      )
 
   def multiply_unit(
     self, i: Index, num_chunks: int, u: Index, adds: bool
