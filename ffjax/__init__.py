@@ -12,6 +12,7 @@ from ffjax.errors import (
 from ffjax.packing import pack, unpack
 from ffjax.params import Model, random_model
 from ffjax.presets import preset
+from ffjax.quantizing import quantize
 from ffjax.version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
   "load",
   "pack",
   "preset",
+  "quantize",
   "random_model",
   "save",
   "unpack",

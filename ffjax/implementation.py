@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffjax import device_memory, packed, packing, rope
+from ffjax import device_memory, packed, packing, quantized_model, rope
 from ffjax.cache import KVCache
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
@@ -99,6 +99,10 @@ def reference_hidden(
     return packed.hidden_states(
       model.params, model.config, token_ids, num_tokens, cache
     )
+  if quantized_model.any_quantized(model.params):
+    return quantized_model.hidden_states(
+      model.params, model.config, token_ids, num_tokens, cache
+    )
   llama = Llama(model.config, cache.k.dtype)
   variables = {"params": model.params}
   hidden, extended = llama.apply(variables, token_ids, num_tokens, cache)
@@ -110,6 +114,8 @@ def reference_logits(model: Model, hidden: jax.Array) -> jax.Array:
   """Maps hidden states `[..., D]` to float32 logits `[..., V]`."""
   if isinstance(model.params, PackedParams):
     return packed.logits(model.params, model.config, hidden)
+  if quantized_model.any_quantized(model.params):
+    return quantized_model.logits(model.params, model.config, hidden)
   llama = Llama(model.config, hidden.dtype)
   logits = llama.apply({"params": model.params}, hidden, method="logits")
   return jnp.asarray(logits)
@@ -223,7 +229,7 @@ def _machine_lacks() -> str | None:
 
 def _model_lacks(model: Model) -> str | None:
   """Says why the kernel cannot run a model as it is, or None."""
-  reason = packing.why_not(model.config, model.matrix_dtypes)
+  reason = packing.why_not(model.config, model.matrix_dtypes, model.formats)
   if reason is not None:
     return reason
   if not isinstance(model.params, PackedParams):

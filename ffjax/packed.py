@@ -13,16 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from ffjax import layerwise
 from ffjax.cache import KVCache
 from ffjax.config import LlamaConfig
-from ffjax.model import (
-  DecoderLayer,
-  DType,
-  Embedding,
-  Params,
-  RMSNorm,
-  TokenPlaces,
-)
+from ffjax.model import DType, Params
 from pallas_kernels import packing as chunks_lib
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
@@ -254,29 +248,24 @@ def hidden_states(
 
   Each layer is unpacked when its turn comes.
   """
-  dtypes: dict[str, Any] = dict(
-    dtype=cache.k.dtype, param_dtype=params.qkv.dtype
-  )
-  decoder_layer = DecoderLayer(config, **dtypes)
-  tokens = TokenPlaces.after(config, cache, num_tokens, token_ids.shape[1])
   num_layers = config.num_hidden_layers
 
-  def run_layer(carry: Any, xs: Any) -> Any:
-    layer, chunks, norms = xs
-    variables = {"params": unpack_layer(config, chunks, norms)}
-    return decoder_layer.apply(variables, carry, layer, tokens)
+  def layer_params(part: Any) -> Params:
+    chunks, norms = part
+    return unpack_layer(config, chunks, norms)
 
-  per_layer = (
-    jnp.arange(num_layers, dtype=jnp.int32),
+  stored = (
     {name: getattr(params, name) for name in ("qkv", "o", "gate_up", "down")},
     params.norms[:-1].reshape(num_layers, 2, -1),
   )
-  x = embed(params, config, token_ids, cache.k.dtype)
-  (x, k, v), _ = jax.lax.scan(run_layer, (x, cache.k, cache.v), per_layer)
-  norm = {"params": {"weight": params.norms[-1, : config.hidden_size]}}
-  normed = RMSNorm(config.rms_norm_eps, **dtypes).apply(norm, x)
-  return jnp.asarray(normed), KVCache(
-    k=k, v=v, lengths=cache.lengths + num_tokens
+  return layerwise.hidden_states(
+    config,
+    embed(params, config, token_ids, cache.k.dtype),
+    num_tokens,
+    cache,
+    stored,
+    layer_params,
+    params.norms[-1, : config.hidden_size],
   )
 
 
@@ -289,29 +278,15 @@ def logits(
   unit_bytes = matmul.chunks_per_unit * CHUNK_BYTES
   block_units = max(1, _BLOCK_BYTES // unit_bytes)
 
-  def project(unit: jax.Array, num_rows: int) -> jax.Array:
-    """Returns logits `[..., num_rows]` from row `8 * unit` on."""
+  def weight(block_idx: jax.Array, num_rows: int) -> jax.Array:
     block = Matmul(
       "block", round_up(num_rows, UNIT_ROWS), matmul.cols, num_ctas=1
     )
-    some = jax.lax.dynamic_slice_in_dim(
-      chunks, unit * matmul.chunks_per_unit, block.run_chunks
-    )
-    weight = chunks_lib.unpack_matrix(
+    first = block_idx * (block_units * matmul.chunks_per_unit)
+    some = jax.lax.dynamic_slice_in_dim(chunks, first, block.run_chunks)
+    return chunks_lib.unpack_matrix(
       block, some[None], num_rows, config.hidden_size
     )
-    head = Embedding(num_rows, config.hidden_size, hidden.dtype, weight.dtype)
-    variables = {"params": {"weight": weight}}
-    return jnp.asarray(head.apply(variables, hidden, method="project"))
 
-  num_blocks, rest = divmod(config.vocab_size, block_units * UNIT_ROWS)
-  parts = []
-  if num_blocks:
-    first_units = jnp.arange(num_blocks, dtype=jnp.int32) * block_units
-    blocks = jax.lax.map(
-      lambda u: project(u, block_units * UNIT_ROWS), first_units
-    )
-    parts.append(jnp.moveaxis(blocks, 0, -2).reshape(*hidden.shape[:-1], -1))
-  if rest:
-    parts.append(project(jnp.int32(num_blocks * block_units), rest))
-  return jnp.concatenate(parts, axis=-1)
+  block_rows = block_units * UNIT_ROWS
+  return layerwise.logits(hidden, config.vocab_size, block_rows, weight)

@@ -19,15 +19,21 @@ from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams, Path
 from ffjax.params import Model
+from ffjax.quantized import Format, QuantizedMatrix
 from pallas_kernels import geometry
 
 
-def why_not(config: LlamaConfig, dtypes: Iterable[np.dtype]) -> str | None:
+def why_not(
+  config: LlamaConfig,
+  dtypes: Iterable[np.dtype],
+  formats: Iterable[Format] = (),
+) -> str | None:
   """Says why the kernel cannot take a model, or None if it can.
 
   Args:
     config: the model.
-    dtypes: those of its matrices.
+    dtypes: those of its matrices that are not quantised.
+    formats: those of its quantised matrices.
   """
   try:
     geometry.check(packed.geometry_of(config), batch=1)
@@ -42,6 +48,9 @@ def why_not(config: LlamaConfig, dtypes: Iterable[np.dtype]) -> str | None:
       f"the kernel does not take {' and '.join(sorted(others))} matrices: load"
       " the model with dtype='bfloat16'"
     )
+  names = sorted(format.name for format in formats)
+  if names:
+    return f"the kernel does not take {' and '.join(names)} matrices"
   return None
 
 
@@ -72,7 +81,7 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
         f" it to pack it for {num_ctas}"
       )
     return model
-  reason = why_not(model.config, model.matrix_dtypes)
+  reason = why_not(model.config, model.matrix_dtypes, model.formats)
   if reason is not None:
     raise RequestError(f"the model cannot be packed: {reason}")
   p = _checked_num_ctas(num_ctas)
@@ -127,7 +136,7 @@ def unpack(model: Model) -> Model:
   return dataclasses.replace(model, params=tree)
 
 
-def tensor(model: Model, path: Path, layer: int) -> jax.Array:
+def tensor(model: Model, path: Path, layer: int) -> jax.Array | QuantizedMatrix:
   """Returns one tensor of a model, packed or not, as the tree has it.
 
   Args:
@@ -136,8 +145,9 @@ def tensor(model: Model, path: Path, layer: int) -> jax.Array:
     layer: which layer of a stacked leaf; anything else has only layer 0.
   """
   if not isinstance(model.params, PackedParams):
+    stacked = path[0] == "layers"
     leaf = flax.traverse_util.flatten_dict(model.params)[path]
-    return leaf[layer] if path[0] == "layers" else leaf
+    return jax.tree.map(lambda x: x[layer], leaf) if stacked else leaf
   return _tensor(model.params, np.int32(layer), model.config, path)
 
 

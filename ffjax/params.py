@@ -16,11 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ffjax import device_memory
+from ffjax import device_memory, quantized
 from ffjax import model as model_lib
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams
+from ffjax.quantized import (
+  FORMATS,
+  Format,
+  QuantizedMatrix,
+  checked_format,
+)
 from ffjax.text import Tokenizer
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
@@ -48,30 +54,59 @@ class Model:
   def dtype(self) -> np.dtype:
     """Dtype of the reference's activations and cache.
 
-    bfloat16 if every matrix is bfloat16, else float32: float16 weights have
-    the bits but not the range that activations need.
+    bfloat16 if every matrix is bfloat16 or quantised, else float32: float16
+    weights have the bits but not the range that activations need.
     """
-    if self.matrix_dtypes == {np.dtype(jnp.bfloat16)}:
+    if self.matrix_dtypes <= {np.dtype(jnp.bfloat16)}:
       return np.dtype(jnp.bfloat16)
     return np.dtype(np.float32)
 
   @property
   def matrix_dtypes(self) -> frozenset[np.dtype]:
-    """Dtypes of the matrices, which norms and biases do not count among."""
+    """Dtypes of the matrices that are not quantised.
+
+    Norms and biases do not count as matrices.
+    """
     if isinstance(self.params, PackedParams):
       return frozenset({np.dtype(self.params.qkv.dtype)})
     flat = flax.traverse_util.flatten_dict(self.params)
     return frozenset(
-      np.dtype(array.dtype)
-      for path, array in flat.items()
-      if array.ndim == (3 if path[0] == "layers" else 2)
+      np.dtype(leaf.dtype)
+      for path, leaf in flat.items()
+      if not isinstance(leaf, QuantizedMatrix)
+      and leaf.ndim == (3 if path[0] == "layers" else 2)
+    )
+
+  @property
+  def formats(self) -> frozenset[Format]:
+    """Formats of the matrices that are quantised."""
+    if isinstance(self.params, PackedParams):
+      return frozenset()
+    return frozenset(
+      leaf.format
+      for leaf in flax.traverse_util.flatten_dict(self.params).values()
+      if isinstance(leaf, QuantizedMatrix)
     )
 
   def leaf_dtype(self, path: tuple[str, ...]) -> np.dtype:
-    """Returns the dtype of a leaf, by its path in the parameter tree."""
+    """Returns the dtype of a leaf, by its path in the parameter tree.
+
+    That of a quantised matrix is what the reference rounds its weights to.
+    """
+    if isinstance(self.params, PackedParams):
+      return self.params.leaf_dtype(path)
+    leaf = flax.traverse_util.flatten_dict(self.params)[path]
+    if isinstance(leaf, QuantizedMatrix):
+      return self.dtype
+    return np.dtype(leaf.dtype)
+
+  def leaf_bytes(self, leaf: "Leaf") -> int:
+    """Returns the bytes of a leaf as stored, without what it is padded with."""
     if not isinstance(self.params, PackedParams):
-      return np.dtype(flax.traverse_util.flatten_dict(self.params)[path].dtype)
-    return self.params.leaf_dtype(path)
+      found = flax.traverse_util.flatten_dict(self.params)[leaf.path]
+      if isinstance(found, QuantizedMatrix):
+        return found.num_bytes
+    return math.prod(leaf.shape) * self.leaf_dtype(leaf.path).itemsize
 
   def weight_bytes_per_step(self, batch: int = 1) -> int:
     """Returns the weight bytes that one decode step must read, as stored.
@@ -80,7 +115,7 @@ class Model:
     """
     total_bytes = 0
     for leaf in leaves(self.config):
-      leaf_bytes = math.prod(leaf.shape) * self.leaf_dtype(leaf.path).itemsize
+      leaf_bytes = self.leaf_bytes(leaf)
       if leaf.path[0] == "embed_tokens":
         total_bytes += batch * (leaf_bytes // self.config.vocab_size)
         if not self.config.tie_word_embeddings:
@@ -166,27 +201,92 @@ def checked_dtype(dtype: Any) -> np.dtype:
   return checked
 
 
+def matrix_formats(
+  config: LlamaConfig, format_name: str, head_format: str | None = None
+) -> dict[tuple[str, ...], Format]:
+  """Returns the format of every matrix of a quantised model, by its path.
+
+  Args:
+    config: the model.
+    format_name: a key of `ffjax.quantized.FORMATS`, for the layers' matrices.
+    head_format: likewise, of 8-bit integers, for embedding and LM head; None if
+      they are not quantised.
+
+  Raises:
+    RequestError: if there is no such format, or a matrix is not made of whole
+      groups.
+  """
+  of_layers = checked_format(format_name)
+  of_head = None if head_format is None else checked_format(head_format)
+  if of_head is not None and (of_head.bits != 8 or of_head.is_float):
+    raise RequestError(
+      f"head_format={head_format!r} is not supported (supported:"
+      f" {', '.join(name for name in FORMATS if name.startswith('int8'))})"
+    )
+  found = {}
+  for leaf in leaves(config):
+    format = of_layers if leaf.stacked else of_head
+    if len(leaf.tensor_shape) != 2 or format is None:
+      continue
+    columns, multiple = leaf.tensor_shape[-1], format.group_size or 1
+    if columns % multiple:
+      raise RequestError(
+        f"{format.name} takes multiples of {multiple} columns, and"
+        f" {leaf.names[0]} has {columns}"
+      )
+    found[leaf.path] = format
+  return found
+
+
 def random_model(
-  config: LlamaConfig, seed: int = 0, dtype: Any = "bfloat16"
+  config: LlamaConfig,
+  seed: int = 0,
+  dtype: Any = "bfloat16",
+  format_name: str | None = None,
+  head_format: str | None = None,
 ) -> Model:
   """Makes a model with random weights on the default device.
 
   Matrices are normal with standard deviation 0.02, norm weights normal around
-  1, so that no parameter can be left out unnoticed.
+  1, so that no parameter can be left out unnoticed. Quantised matrices are made
+  of random codes, so that the model need not fit otherwise.
 
   Args:
     config: the model.
     seed: the same seed gives the same weights on the same kind of device.
-    dtype: float32, bfloat16 or float16.
+    dtype: float32, bfloat16 or float16; of scales too.
+    format_name: format of the layers' matrices, as for `ffjax.quantize`, or
+      None.
+    head_format: format of embedding and LM head, or None.
 
   Raises:
-    RequestError: if the dtype is not supported or the model does not fit.
+    RequestError: if the dtype or a format is not supported, or the model does
+      not fit.
   """
   dtype = checked_dtype(dtype)
-  device_memory.require(
-    config.num_params * dtype.itemsize, f"the model as {dtype.name}"
+  formats = {}
+  if format_name is not None:
+    formats = matrix_formats(config, format_name, head_format)
+  elif head_format is not None:
+    raise RequestError(f"head_format={head_format!r} needs a format_name")
+  bits = sum(
+    math.prod(leaf.shape)
+    * (formats[leaf.path].bits if leaf.path in formats else 8 * dtype.itemsize)
+    for leaf in leaves(config)
   )
-  init = jax.jit(
-    functools.partial(model_lib.init_params, config=config, dtype=dtype)
-  )
-  return Model(params=init(jax.random.key(seed)), config=config)
+  device_memory.require(bits // 8, f"the model as {format_name or dtype.name}")
+
+  def plain(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    tree = model_lib.init_params(key, config, dtype)
+    flat = flax.traverse_util.flatten_dict(tree)
+    # What is not returned is not made.
+    return {path: x for path, x in flat.items() if path not in formats}
+
+  flat: dict[tuple[str, ...], Any] = jax.jit(plain)(jax.random.key(seed))
+  for leaf in leaves(config):
+    if leaf.path in formats:
+      key = jax.random.fold_in(jax.random.key(seed), len(flat))
+      flat[leaf.path] = quantized.random_matrix(
+        key, leaf.shape, formats[leaf.path], dtype
+      )
+  return Model(params=flax.traverse_util.unflatten_dict(flat), config=config)
