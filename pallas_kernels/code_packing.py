@@ -77,22 +77,65 @@ def unpack_codes(
 ) -> jax.Array:
   """Undoes `pack_codes`, for a matrix `[out, cols]` before padding."""
   f = matmul.format
-  x = _collect(matmul, lax.bitcast_convert_type(packed, jnp.uint8), 3)
-  k = len(x.shape) - 3
+  x = _collect(matmul, packed, 2)
+  x = _rows_of_chunks(matmul, _chunk_codes(f, matmul.tiles, x))
+  x = x[..., :out, :cols]
+  if f.bits == 4:
+    return x[..., 0::2] | x[..., 1::2] << 4
+  return x if f.is_float else x ^ _SIGN
+
+
+def _chunk_codes(f: Format, tiles: int, x: jax.Array) -> jax.Array:
+  """From chunks `[..., rows of the ring, 64]` to codes `[..., 64, columns]`."""
+  x = lax.bitcast_convert_type(x, jnp.uint8)
+  k = x.ndim - 3
   x = _swizzled(x.reshape(*x.shape[:k], -1, _PIECES, PIECE_BYTES))
   if f.bits == 4:
     x = jnp.stack([x & 15, x >> 4], axis=-1)
-  sizes = (4, 2, 8, matmul.tiles * CHUNK_COLS // f.piece_columns)
+  sizes = (4, 2, 8, tiles * CHUNK_COLS // f.piece_columns)
   sizes += _split_columns(f)
   order = _ORDER[f.bits]
   x = x.reshape(*x.shape[:k], *(sizes[i] for i in order))
   back = sorted(range(8), key=lambda i: order[i])
   x = x.transpose(*range(k), *(k + i for i in back))
-  x = x.reshape(*x.shape[:k], TILE, -1)
-  x = _rows_of_chunks(matmul, x)[..., :out, :cols]
-  if f.bits == 4:
-    return x[..., 0::2] | x[..., 1::2] << 4
-  return x if f.is_float else x ^ _SIGN
+  return x.reshape(*x.shape[:k], TILE, -1)
+
+
+def chunk_values(
+  f: Format, tiles: int, chunk: jax.Array, entries: jax.Array
+) -> jax.Array:
+  """Returns the weights of one chunk, `[64, columns]` float32.
+
+  Args:
+    f: the format.
+    tiles: times 128 columns in it.
+    chunk: `[rows of the ring, 64]` bfloat16, in name.
+    entries: `[words]` int32, its scales.
+  """
+  codes = _chunk_codes(f, tiles, chunk)
+  if f.is_float:
+    values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+    values = values.astype(jnp.float32)
+  else:
+    values = codes.astype(jnp.float32)
+  if f.bits == 8 and not f.is_float:
+    values = values - float(_SIGN)
+  kind = jnp.uint16 if f.entry_bytes == 2 else jnp.uint32
+  rows = lax.bitcast_convert_type(entries, kind).reshape(TILE, -1)
+  scales, beside = _parts_of_entries(f, rows)
+  values = values.reshape(TILE, f.num_spans(tiles), -1)
+
+  def spread(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x.astype(jnp.float32)[..., None], values.shape)
+
+  if f.beside == "zero" and beside is not None:
+    values = values - spread(beside)
+  elif f.bits == 4 and f.beside is None:
+    values = values - 8.0
+  values = values * spread(scales)
+  if f.beside == "minimum" and beside is not None:
+    values = values + spread(beside)
+  return values.reshape(TILE, -1)
 
 
 def pack_scales(
@@ -135,6 +178,13 @@ def unpack_scales(
   x = x.reshape(*x.shape[:k], TILE, -1)
   x = _rows_of_chunks(matmul, x)[..., :out, :]
   x = x[..., :1] if f.group is None else x[..., : cols // f.group]
+  return _parts_of_entries(f, x)
+
+
+def _parts_of_entries(
+  f: Format, x: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+  """Undoes `_entries`."""
   if f.beside is None:
     return lax.bitcast_convert_type(x, jnp.dtype(f.scale)), None
   scales = lax.bitcast_convert_type(
