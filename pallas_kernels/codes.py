@@ -1,16 +1,20 @@
 """Products of codes: converted in registers on their way to the tensor core.
 
-A code becomes a whole number in bfloat16, without rounding, and the products of
-the columns that share a scale are summed up by `wgmma` in float32; then the scale
-is a factor of that sum. While the tensor core takes some columns, the next ones
-are converted: there are two of all registers that `wgmma` reads and writes.
+A code becomes a whole number in bfloat16, without rounding; the products of the
+columns that share a scale are summed up in float32, and the scale is a factor of
+that sum. Each warp has 16 rows of the operand to itself and takes them by
+`mma.sync`, which reads both operands from registers and leaves all order to the
+compiler; `wgmma` with 8 columns is slower here (bench/LOG.md).
 
-A chunk's codes are in the order in which threads want them. Row `m` of the operand
-is row `8 r + s` of the unit: segment s of its row r. Thread `32 w + 4 g + c` has of
-each 16 columns the columns `2 c`, `2 c + 1`, `2 c + 8` and `2 c + 9` of rows
-`16 w + g` and 8 below, as `wgmma` has it (PTX ISA, "Register Fragments for
-wgmma.mma_async.m64nNk16"). `ORDER` says where in 16 bytes they are, so that one
-mask finds the two codes of a register.
+Row `m` of the operand is row `8 r + s` of the unit: segment s of its row r. Of
+its products only those with segment s of the activations count, so each segment
+may take its columns in an order of its own, if both operands have it. Thread
+`4 s + c` of a warp has, of each 32 columns, columns `8 c` to `8 c + 7` of the
+activations' segment s, which are 16 bytes, and of the weights' two rows of segment
+s; the first four are for one step of 16, the others for the next. Of odd segments,
+the two 32 of a tile of 64 columns are swapped. `code_packing` puts codes so.
+
+Source: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 """
 
 import dataclasses
@@ -20,15 +24,31 @@ from typing import Any
 import jax
 
 from pallas_kernels import mosaic, threads
-from pallas_kernels.formats import PIECE_BYTES, STEP_COLUMNS, Format
+from pallas_kernels.formats import (
+  PIECE_BYTES,
+  ROW_BYTES,
+  STEP_COLUMNS,
+  Format,
+)
 from pallas_kernels.geometry import CHUNK_BYTES, CHUNK_COLS, SEGMENTS, TILE
 from pallas_kernels.layouts import Index, Ref
-from pallas_kernels.threads import THREADS, TILE_BYTES, WARP
+from pallas_kernels.threads import (
+  THREADS,
+  TILE_BYTES,
+  TILE_ROW_BYTES,
+  WARP,
+  swizzled_byte,
+)
 
 # Products of one sequence that a thread has: two columns of two rows.
 _VALUES = 4
-# Registers of weights that `wgmma` takes at a time.
-_OPERANDS = 4
+# Columns of which a thread loads its activations at once.
+_BLOCK = 32
+# Products wait for those before them in the same sum, some 33 cycles: a sequence
+# alone has two sums at a time, by turns.
+_CHAINS = 2
+# Weights of one, whose products are the sums of the activations.
+_ONES = "one, one, one, one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +89,7 @@ def multiply(
     format: of the codes.
     tiles: times 128 columns in the chunk.
     ring: the slots.
-    scales: `[slots, words]` int32, beside them.
+    scales: `[slots, rows, 32]` int32, beside them.
     x: `[8 B, columns]` bfloat16, the operand.
     slot: where the chunk is; it has arrived.
     column: the first one of x that it meets.
@@ -84,10 +104,11 @@ def multiply(
     _emit_multiply,
     [scales],
     [ring, x],
-    [slot * scales.shape[1], slot, column],
+    [slot * (scales.shape[1] * ROW_BYTES), slot, column],
     arrays=sums,
     num_results=len(sums),
     meets_before=False,
+    meets_after=False,
   )
 
 
@@ -152,55 +173,39 @@ def _constant(format: Format) -> int:
 def _emit_multiply(
   what: MultiplyCodes, scales: Any, ring: Any, x: Any, *args: Any
 ) -> list[Any]:
-  *sums, word, slot, column = args
+  *sums, byte, slot, column = args
   f = what.format
+  num_spans = f.num_spans(what.tiles)
+  span = f.span(what.tiles)
   t = mosaic.thread_index()
-  row = t // WARP * 16 + t % WARP // 4
-  span, num_spans = f.span(what.tiles), f.num_spans(what.tiles)
-  # What is given to the tensor core at a time.
-  part = min(span, f.piece_columns)
-  parts_per_span, steps = span // part, part // STEP_COLUMNS
-  parts_per_piece = f.piece_columns // part
-  num_parts = what.columns // part
-  n = SEGMENTS * what.batch
+  lane = t % WARP
+  segment, part = lane // 4, lane % 4
+  row = t // WARP * 16 + segment
+  # Of odd segments the second half of a tile comes first: a warp's loads of 16
+  # bytes then meet in no bank.
+  first_piece = segment % 2 * 4 + part
+  at_x = segment * TILE_ROW_BYTES + swizzled_byte(
+    segment, first_piece * PIECE_BYTES
+  )
   num_values = _VALUES * what.batch
-
-  values = [v for array in sums for v in array]
-  # Operands: results, then these.
-  k = num_values
+  k = num_values  # Operands come after results.
   lines = [
-    "{ .reg .pred never, always; .reg .b32 m, n, e, z, z0, z1, lo, hi;"
-    " .reg .b64 d; .reg .b16 h0, h1;"
-    " setp.ne.b32 never, 0, 0; setp.eq.b32 always, 0, 0;"
-    f" mov.b32 z, {_constant(f)};"
+    "{ .reg .b32 m, n, e, z, z0, z1, a0, a1, a2, a3; .reg .b16 h0, h1;"
+    " .reg .f32 s0, s1, b0, b1;"
+    f" mov.b32 z, {_constant(f)}; .reg .b32 one; mov.b32 one, 0x3F803F80;"
   ]
   for i in range(num_values):
-    lines.append(f".reg .f32 y{i}; mov.f32 y{i}, ${k + 3 + i};")
-  for side in range(2):
-    names = [f"a{side}_{i}" for i in range(_OPERANDS * steps)]
-    lines.append(f".reg .b32 {', '.join(names)};")
-    names = [f"c{side}_{i}" for i in range(num_values)]
-    lines.append(f".reg .f32 {', '.join(names)};")
-    if f.beside == "minimum":
-      names = [f"o{side}_{i}" for i in range(num_values)]
-      lines.append(f".reg .f32 {', '.join(names)};")
-    names = [f"w{side}_{i}" for i in range(4)]
-    lines.append(f".reg .b32 {', '.join(names)};")
-  lines.append(".reg .f32 s0, s1, b0, b1; .reg .b32 one;")
-  lines.append("mov.b32 one, 0x3F803F80;")
-  # The descriptor of x: 128-byte swizzle, sequences one after the other.
-  lines.append(
-    f"shr.u32 lo, ${k + 2}, 4; and.b32 lo, lo, 0x3FFF; or.b32 lo, lo, 0x10000;"
-    f" mov.b32 hi, {what.x_columns | 1 << 30};"
-  )
+    lines.append(f".reg .f32 y{i}; mov.f32 y{i}, ${k + 4 + i};")
 
-  def load(piece: int) -> str:
-    side = piece % 2
-    names = ", ".join(f"w{side}_{i}" for i in range(4))
-    offset = piece * THREADS * PIECE_BYTES
-    return f"ld.shared.v4.b32 {{{names}}}, [${k} + {offset}];"
+  def load(bank: str, name: str, address: str) -> str:
+    names = ", ".join(f"{name}_{i}" for i in range(4))
+    return (
+      f".reg .b32 {names}; ld.shared.v4.b32 {{{names}}}, [{address}];"
+      if bank
+      else ""
+    )
 
-  def load_scales(index: int) -> str:
+  def load_entries(index: int) -> str:
     """Loads the entries of a span: `s`, and `b` or `z`."""
     loaded = []
     for half in range(2):
@@ -213,96 +218,83 @@ def _emit_multiply(
         loaded.append(f"ld.shared.b16 h0, {where};")
       else:
         loaded.append(f"ld.shared.b32 e, {where}; mov.b32 {{h0, h1}}, e;")
+      if f.beside == "zero":
+        loaded.append(f"mov.b32 z{half}, {{h1, h1}};")
       loaded.append(_widen(f.scale, f"s{half}", "h0"))
       if f.beside == "minimum":
         loaded.append(_widen(f.scale, f"b{half}", "h1"))
     return " ".join(loaded)
 
-  def load_zeros(index: int) -> str:
-    loaded = []
-    for half in range(2):
-      at = (8 * half * num_spans + index) * f.entry_bytes
-      loaded.append(
-        f"ld.shared.b16 h1, [${k + 1} + {at + 2}]; mov.b32 z{half}, {{h1, h1}};"
-      )
-    return " ".join(loaded)
-
-  def fold(index: int) -> str:
-    """Adds the sums of a span, times its scales."""
-    side = index % 2
-    lines = [load_scales(index)]
-    for i in range(num_values):
-      half = i % _VALUES // 2
-      lines.append(f"fma.rn.f32 y{i}, c{side}_{i}, s{half}, y{i};")
-      if f.beside == "minimum":
-        lines.append(f"fma.rn.f32 y{i}, o{side}_{i}, b{half}, y{i};")
-    return " ".join(lines)
-
-  def wgmma(names: str, weights: str, first: bool) -> str:
+  def mma(acc: str, weights: str, activations: str) -> str:
+    names = ", ".join(f"{acc}_{i}" for i in range(_VALUES))
     return (
-      f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{names}}},"
-      f" {weights}, d, {'never' if first else 'always'}, 1, 1, 0;"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+      f" {{{names}}}, {{{weights}}}, {{{activations}}}, {{{names}}};"
     )
 
-  lines.append(load(0))
-  for p in range(num_parts):
-    piece, within = divmod(p, parts_per_piece)
-    index, part_of_span = divmod(p, parts_per_span)
-    side, acc = p % 2, index % 2
-    if within == 0 and piece + 1 < num_parts // parts_per_piece:
-      lines.append(load(piece + 1))
-    if f.beside == "zero" and part_of_span == 0:
-      lines.append(load_zeros(index))
-    # The products that read these registers have ended: at most one part has not.
-    if p >= 2:
-      lines.append("wgmma.wait_group.sync.aligned 1;")
-    words_per_step = 4 * STEP_COLUMNS // f.piece_columns
-    for step in range(steps):
-      registers = [f"a{side}_{_OPERANDS * step + i}" for i in range(_OPERANDS)]
-      each = _OPERANDS // words_per_step
-      for i in range(words_per_step):
-        at = (within * steps + step) * words_per_step + i
-        lines.append(
-          _convert(
-            f, f"w{piece % 2}_{at}", registers[each * i : each * (i + 1)]
-          )
-        )
-    # A span that began two spans ago has been folded, and so may be begun anew.
-    lines.append("wgmma.fence.sync.aligned;")
-    for step in range(steps):
-      col = p * part + step * STEP_COLUMNS
-      offset = col // TILE * TILE_BYTES + col % TILE * 2
-      lines.append(f"add.u32 m, lo, {offset >> 4}; mov.b64 d, {{m, hi}};")
-      registers = ", ".join(
-        f"a{side}_{_OPERANDS * step + i}" for i in range(_OPERANDS)
-      )
-      first = part_of_span == 0 and step == 0
-      names = ", ".join(f"c{acc}_{i}" for i in range(num_values))
-      lines.append(wgmma(names, f"{{{registers}}}", first))
+  steps_per_piece = f.piece_columns // STEP_COLUMNS
+  words_per_step = 4 // steps_per_piece
+  kinds = ("c", "o") if f.beside == "minimum" else ("c",)
+  chains = min(_CHAINS if what.batch == 1 else 1, span // STEP_COLUMNS)
+  for step in range(what.columns // STEP_COLUMNS):
+    col = step * STEP_COLUMNS
+    if col % f.piece_columns == 0:
+      piece = col // f.piece_columns
+      offset = piece * THREADS * PIECE_BYTES
+      lines.append(load("ring", f"w{piece}", f"${k} + {offset}"))
+    if col % _BLOCK == 0:
+      # Two steps of columns of each sequence, in either half of a tile.
+      tile, half = divmod(col // _BLOCK, TILE // _BLOCK)
+      for b in range(what.batch):
+        offset = tile * TILE_BYTES + b * what.x_columns * SEGMENTS * 2
+        address = f"${k + 2 + half} + {offset}"
+        lines.append(load("x", f"x{col // _BLOCK}_{b}", address))
+    index, within = divmod(col, span)
+    if within == 0:
+      lines.append(load_entries(index))
+      for kind in kinds:
+        for b in range(what.batch):
+          for chain in range(chains):
+            names = [f"{kind}{index}_{b}_{chain}_{i}" for i in range(_VALUES)]
+            lines.append(f".reg .f32 {', '.join(names)};")
+            lines += [f"mov.f32 {name}, 0f00000000;" for name in names]
+    at = step % steps_per_piece * words_per_step
+    registers = [f"a{i}" for i in range(4)]
+    each = 4 // words_per_step
+    for i in range(words_per_step):
+      word_name = f"w{col // f.piece_columns}_{at + i}"
+      lines.append(_convert(f, word_name, registers[each * i : each * (i + 1)]))
+    for b in range(what.batch):
+      own = f"x{col // _BLOCK}_{b}"
+      two = 2 * (step % 2)
+      activations = f"{own}_{two}, {own}_{two + 1}"
+      turn = f"{index}_{b}_{step % chains}"
+      lines.append(mma(f"c{turn}", "a0, a1, a2, a3", activations))
       if f.beside == "minimum":
-        names = ", ".join(f"o{acc}_{i}" for i in range(num_values))
-        lines.append(wgmma(names, "{one, one, one, one}", first))
-    lines.append("wgmma.commit_group.sync.aligned;")
-    if part_of_span == 0 and index > 0:
-      # The span before has ended.
-      lines.append("wgmma.wait_group.sync.aligned 1;")
-      lines.append(fold(index - 1))
-  lines.append("wgmma.wait_group.sync.aligned 0;")
-  lines.append(fold(num_spans - 1))
+        lines.append(mma(f"o{turn}", _ONES, activations))
+    if within + STEP_COLUMNS == span:
+      for i in range(num_values):
+        b, value = divmod(i, _VALUES)
+        half = value // 2
+        for kind, factor in zip(kinds, ("s", "b"), strict=False):
+          own = f"{kind}{index}_{b}"
+          for chain in range(1, chains):
+            first, other = (f"{own}_{x}_{value}" for x in (0, chain))
+            lines.append(f"add.f32 {first}, {first}, {other};")
+          lines.append(f"fma.rn.f32 y{i}, {own}_0_{value}, {factor}{half}, y{i};")
   lines += [f"mov.f32 ${i}, y{i};" for i in range(num_values)]
   lines.append("}")
-  tile = column // TILE
+  begin = column // TILE * TILE_BYTES
   results = mosaic.asm(
     " ".join(lines),
     ring.plus(slot * (CHUNK_BYTES // PIECE_BYTES) + t, PIECE_BYTES),
-    scales.plus(word * 4 + row * (num_spans * f.entry_bytes), 1),
-    x.plus(tile * TILE_BYTES, 1),
-    *values,
+    scales.plus(byte + row * (num_spans * f.entry_bytes), 1),
+    x.plus(begin + at_x, 1),
+    x.plus(begin + (at_x ^ _BLOCK * 2), 1),
+    *(v for array in sums for v in array),
     num_f32_results=num_values,
   )
-  return [
-    results[_VALUES * b : _VALUES * (b + 1)] for b in range(what.batch)
-  ]
+  return [results[_VALUES * b : _VALUES * (b + 1)] for b in range(what.batch)]
 
 
 def _widen(dtype: str, into: str, source: str) -> str:

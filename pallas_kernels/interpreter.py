@@ -579,9 +579,10 @@ def _run_multiply(
   f, tiles = what.format, what.tiles
   n = f.chunk_rows(tiles)
   chunk = run.read(ring, (slot, 0, 0), (1, n, ROW_BYTES // 2))
-  entries = run.read(scales, (slot, 0), (1, f.scale_words(tiles)))
+  rows = (1, f.scale_rows(tiles), ROW_BYTES // 4)
+  entries = run.read(scales, (slot, 0, 0), rows)
   weights = code_packing.chunk_values(
-    f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries[0])
+    f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries)
   )
   found = []
   for b, before in enumerate(sums):

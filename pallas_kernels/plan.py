@@ -132,11 +132,11 @@ class Plan:
     return -(-matmul.chunks_per_unit // self.num_blocks(matmul))
 
   @property
-  def scale_words(self) -> int:
-    """Words of int32 beside a slot, for scales; a multiple of 16 bytes."""
+  def scale_rows(self) -> int:
+    """Rows of 32 int32 beside a slot, for scales."""
     matmuls = self.schedule.matmuls
     packed = [m for m in matmuls if m.format.is_packed]
-    return max((m.format.scale_words(m.tiles) for m in packed), default=0)
+    return max((m.format.scale_rows(m.tiles) for m in packed), default=0)
 
   @property
   def exchanges(self) -> dict[str, tuple[int, int]]:
@@ -193,9 +193,9 @@ class Plan:
   def num_slots(self) -> int:
     """Slots of the ring: what shared memory leaves."""
     free_bytes = SMEM_BYTES - self.fixed_smem_bytes
-    if self.scale_words:
+    if self.scale_rows:
       free_bytes -= _SMEM_ALIGNMENT_BYTES
-    return free_bytes // (CHUNK_BYTES + 4 * self.scale_words)
+    return free_bytes // (CHUNK_BYTES + ROW_BYTES * self.scale_rows)
 
 
 def make_plan(
@@ -263,7 +263,10 @@ def operand_shapes(
 
   scales = {
     f"s_{m.name}": (
-      (n, plan.num_ctas, m.run_chunks, m.format.scale_words(m.tiles)),
+      (
+        *(n, plan.num_ctas, m.run_chunks),
+        *(m.format.scale_rows(m.tiles), ROW_BYTES // 4),
+      ),
       jnp.int32,
     )
     for m in s.matmuls

@@ -74,7 +74,7 @@ class Stream(CtaBase):
       i: index in the stream.
       packed: `[P, n, rows of the ring, 64]`.
       matmul: how it is dealt out.
-      scales: `[P, n, words]` int32 of codes, or None.
+      scales: `[P, n, rows, 32]` int32 of codes, or None.
 
     Returns:
       The stream's next index.
