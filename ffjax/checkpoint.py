@@ -18,6 +18,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
@@ -28,12 +29,16 @@ from ffjax import (
   json_file,
   packing,
   params,
+  quantization_config,
+  quantized_file,
+  quantized_leaf,
   safetensors_file,
   text,
 )
 from ffjax.config import LlamaConfig
 from ffjax.errors import CheckpointError, ConfigError, TokenizerError
 from ffjax.params import Leaf, Model
+from ffjax.quantized import Format, QuantizedMatrix
 from ffjax.tensor_entry import TensorEntry
 
 # Rows are read, checked and sent to the device in blocks of about this size.
@@ -46,16 +51,21 @@ def load(
   path: str | os.PathLike[str],
   dtype: Any = None,
   progress: Progress | None = None,
+  keep_quantized: bool | None = None,
 ) -> Model:
   """Loads a Llama checkpoint onto the default device.
 
   Args:
     path: a Hugging Face directory (`config.json`, safetensors in one file or
       sharded, perhaps `tokenizer.json`), or a `.gguf` file.
-    dtype: dtype of all parameters: float32, bfloat16 or float16. None keeps
-      each tensor's own, and float32 for quantised ones.
+    dtype: dtype of all parameters that are not kept quantised: float32,
+      bfloat16 or float16. None keeps each tensor's own; what is dequantised is
+      then float32, or bfloat16 beside matrices that are kept.
     progress: called as `progress(done_bytes, total_bytes)` while loading,
       first with 0, last with `done_bytes == total_bytes`.
+    keep_quantized: whether quantised matrices of layers keep their own bits, or
+      are dequantised. None keeps those of a directory, and dequantises a
+      `.gguf` file; True also keeps its Q4_0, Q4_1 and Q8_0.
 
   Returns:
     The model, with its tokenizer if the checkpoint has one.
@@ -67,7 +77,7 @@ def load(
   """
   if dtype is not None:
     dtype = params.checked_dtype(dtype)  # Before anything is read.
-  return open_checkpoint(path).load(dtype, progress)
+  return open_checkpoint(path).load(dtype, progress, keep_quantized)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +96,30 @@ class Checkpoint:
   tokenizer: text.Tokenizer | None
   entries: list[TensorEntry]
 
-  def matrix_dtypes(self, dtype: Any = None) -> set[np.dtype]:
-    """Returns the dtypes of the matrices of what `load(dtype)` would give."""
-    if dtype is not None:
-      return {params.checked_dtype(dtype)}
-    return {entry.dtype for entry in self.entries if len(entry.shape) == 2}
+  def matrix_types(
+    self, dtype: Any = None, keep_quantized: bool | None = None
+  ) -> tuple[set[np.dtype], set[Format]]:
+    """Returns dtypes and formats of the matrices that `load` would give."""
+    plan = self._plan(dtype, keep_quantized)
+    dtypes = {
+      kind
+      for leaf, _, kind in plan
+      if isinstance(kind, np.dtype) and len(leaf.tensor_shape) == 2
+    }
+    formats = {
+      kind.format for _, _, kind in plan if isinstance(kind, QuantizedMatrix)
+    }
+    return dtypes, formats
 
-  def load(self, dtype: Any = None, progress: Progress | None = None) -> Model:
+  def load(
+    self,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    keep_quantized: bool | None = None,
+  ) -> Model:
     """Reads the weights; arguments, result and errors are those of `load`."""
-    if dtype is not None:
-      dtype = params.checked_dtype(dtype)
-    plan = _match(self.path, self.config, self.entries)
-    total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
+    plan = self._plan(dtype, keep_quantized)
+    total_bytes = sum(_leaf_bytes(leaf, kind) for leaf, _, kind in plan)
     device_memory.require(total_bytes, f"{self.path}: the model")
 
     done_bytes = 0
@@ -110,13 +132,39 @@ class Checkpoint:
 
     advance(0)
     tree = {
-      leaf.path: _load_leaf(leaf, parts, dtype, advance) for leaf, parts in plan
+      leaf.path: quantized_leaf.load(parts, kind, advance)
+      if isinstance(kind, QuantizedMatrix)
+      else _load_leaf(leaf, parts, kind, advance)
+      for leaf, parts, kind in plan
     }
     return Model(
       params=flax.traverse_util.unflatten_dict(tree),
       config=self.config,
       tokenizer=self.tokenizer,
     )
+
+  def _plan(
+    self, dtype: Any, keep_quantized: bool | None
+  ) -> list[tuple[Leaf, list[TensorEntry], np.dtype | QuantizedMatrix]]:
+    """Returns for every leaf its tensors, and its dtype or what is kept."""
+    if dtype is not None:
+      dtype = params.checked_dtype(dtype)
+    if keep_quantized is None:
+      keep_quantized = self.path.suffix != ".gguf"
+    plan = _match(self.path, self.config, self.entries)
+    kept = [
+      quantized_leaf.stacked_shapes(leaf, parts) if keep_quantized else None
+      for leaf, parts in plan
+    ]
+    # What a bfloat16 model has beside its quantised matrices.
+    dequantized = np.dtype(
+      ml_dtypes.bfloat16 if any(x is not None for x in kept) else np.float32
+    )
+    found = []
+    for (leaf, parts), shapes in zip(plan, kept, strict=True):
+      own = _own_dtype(parts, dequantized) if dtype is None else dtype
+      found.append((leaf, parts, own if shapes is None else shapes))
+    return found
 
 
 def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -141,9 +189,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   # Not pathlib's tests, which raise for names that cannot exist.
   if os.path.isdir(path):
     raw = json_file.read_object(path / "config.json", ConfigError)
+    scheme = quantization_config.take_scheme(raw, path)
     config = LlamaConfig.from_dict(raw, str(path / "config.json"))
     config = _with_generation_eos(config, path / "generation_config.json")
-    entries = safetensors_file.open_directory(path)
+    entries = safetensors_file.open_directory(path, scheme is not None)
+    if scheme is not None:
+      entries = quantized_file.join(scheme, entries)
     return Checkpoint(path, config, text.load_tokenizer(path), entries)
   if not os.path.exists(path):
     raise CheckpointError(
@@ -219,12 +270,19 @@ def _match(
     )
     _check_tied(head, embedding)
   for name, entry in by_name.items():
-    # Older checkpoints carry the rope table, which the config determines.
-    if not name.endswith("rotary_emb.inv_freq"):
+    # Older checkpoints carry the rope table, which the config determines, and
+    # those of GPTQ biases that add nothing.
+    if not name.endswith("rotary_emb.inv_freq") and not _is_zero_bias(entry):
       raise CheckpointError(
         f"{entry.path}: {name} is not a tensor of this config"
       )
   return plan
+
+
+def _is_zero_bias(entry: TensorEntry) -> bool:
+  if not entry.name.endswith(".bias") or len(entry.shape) != 1:
+    return False
+  return not entry.read(0, entry.shape[0]).any()
 
 
 def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
@@ -248,14 +306,23 @@ def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
   return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
-def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
-  return _common_dtype(part.dtype for part in parts) if dtype is None else dtype
+def _own_dtype(parts: list[TensorEntry], dequantized: np.dtype) -> np.dtype:
+  """Returns a leaf's own dtype.
+
+  Args:
+    parts: its tensors.
+    dequantized: dtype of matrices that are dequantised.
+  """
+  return _common_dtype(
+    dequantized if part.is_quantized and len(part.shape) == 2 else part.dtype
+    for part in parts
+  )
 
 
-def _leaf_bytes(
-  leaf: Leaf, parts: list[TensorEntry], dtype: np.dtype | None
-) -> int:
-  return int(np.prod(leaf.shape)) * _leaf_dtype(parts, dtype).itemsize
+def _leaf_bytes(leaf: Leaf, kind: np.dtype | QuantizedMatrix) -> int:
+  if isinstance(kind, QuantizedMatrix):
+    return kind.num_bytes
+  return math.prod(leaf.shape) * kind.itemsize
 
 
 def _row_blocks(part: TensorEntry) -> Iterator[tuple[int, int]]:
@@ -270,21 +337,20 @@ def _row_blocks(part: TensorEntry) -> Iterator[tuple[int, int]]:
 def _load_leaf(
   leaf: Leaf,
   parts: list[TensorEntry],
-  dtype: np.dtype | None,
+  dtype: np.dtype,
   advance: Callable[[int], None],
 ) -> jax.Array:
   """Returns the leaf on the device; calls `advance` with bytes as they land."""
-  leaf_dtype = _leaf_dtype(parts, dtype)
-  if _leaf_bytes(leaf, parts, dtype) <= _BLOCK_BYTES:
+  if _leaf_bytes(leaf, dtype) <= _BLOCK_BYTES:
     # Small enough to gather on the host: no compilation, one transfer.
-    tensors = [_converted(p, 0, p.shape[0], leaf_dtype) for p in parts]
+    tensors = [_converted(p, 0, p.shape[0], dtype) for p in parts]
     host = np.stack(tensors) if leaf.stacked else tensors[0]
     advance(host.nbytes)
     return jax.device_put(host)
-  array = jnp.zeros(leaf.shape, leaf_dtype)
+  array = jnp.zeros(leaf.shape, dtype)
   for layer, part in enumerate(parts):
     for start, stop in _row_blocks(part):
-      block = _converted(part, start, stop, leaf_dtype)
+      block = _converted(part, start, stop, dtype)
       at = (start, *(0 for _ in part.shape[1:]))
       if leaf.stacked:
         block, at = block[None], (layer, *at)

@@ -7,6 +7,7 @@ quantised matrices; down the flow: the reference dequantises them layer by layer
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +95,12 @@ class QuantizedMatrix:
     format: the format; its group size is in stored columns.
   """
 
-  codes: jax.Array
-  scales: jax.Array
-  zeros: jax.Array | None
-  minimums: jax.Array | None
-  columns: jax.Array | None
+  # Any: arrays of JAX or, while they are read, of NumPy, or their shapes.
+  codes: Any
+  scales: Any
+  zeros: Any
+  minimums: Any
+  columns: Any
   format: Format = struct.field(pytree_node=False)
 
   @property
