@@ -32,6 +32,7 @@ from ffjax import (
   quantization_config,
   quantized_file,
   quantized_leaf,
+  quantized_saving,
   safetensors_file,
   text,
 )
@@ -394,6 +395,8 @@ def save(
 ) -> None:
   """Saves a model as a Hugging Face directory; `load` gives the same bits.
 
+  Quantised matrices are saved as compressed-tensors has them.
+
   Args:
     model: what to save: parameters, config and, if there is one, tokenizer.
     directory: is made if needed; must not hold a checkpoint yet.
@@ -401,7 +404,27 @@ def save(
       is one larger tensor. The host holds one shard at a time.
 
   Raises:
-    CheckpointError: if the directory holds a checkpoint or cannot be written.
+    CheckpointError: if the directory holds a checkpoint or cannot be written,
+      or a quantised model is none that compressed-tensors has.
+  """
+  directory = check_unused(directory)
+  config = _saved_config(model)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    _save_tensors(model, directory, max_shard_bytes)
+    if model.tokenizer is not None:
+      model.tokenizer.save(directory)
+    # Last, so that a directory with a config is a whole checkpoint.
+    _write_json(directory / "config.json", config)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
+
+
+def check_unused(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a directory's path, to save to.
+
+  Raises:
+    CheckpointError: if it holds a checkpoint.
   """
   directory = _checked_path(directory)
   for name in ("config.json", safetensors_file.SINGLE_NAME):
@@ -409,22 +432,18 @@ def save(
       raise CheckpointError(
         f"{directory / name} is there already; save to another directory"
       )
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    _save_tensors(model, directory, max_shard_bytes)
-    if model.tokenizer is not None:
-      model.tokenizer.save(directory)
-    # Last, so that a directory with a config is a whole checkpoint.
-    _write_json(directory / "config.json", _saved_config(model))
-  except (OSError, safetensors.SafetensorError) as e:
-    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
+  return directory
 
 
 def _saved_config(model: Model) -> dict[str, Any]:
   dtype = _common_dtype(
     model.leaf_dtype(leaf.path) for leaf in params.leaves(model.config)
   )
-  return {**model.config.to_dict(), "torch_dtype": dtype.name}
+  made = {**model.config.to_dict(), "torch_dtype": dtype.name}
+  quantised = quantized_saving.quantization_config(model)
+  if quantised is not None:
+    made["quantization_config"] = quantised
+  return made
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
@@ -443,8 +462,7 @@ def _save_tensors(
   tensors.sort(key=lambda item: (item[1].stacked, item[2]))
 
   def num_bytes(leaf: Leaf) -> int:
-    itemsize = model.leaf_dtype(leaf.path).itemsize
-    return math.prod(leaf.tensor_shape) * itemsize
+    return model.leaf_bytes(leaf) // len(leaf.names)
 
   shards: list[list[tuple[str, Leaf, int]]] = [[]]
   shard_bytes = 0
@@ -456,15 +474,20 @@ def _save_tensors(
     shards[-1].append(item)
     shard_bytes += size
 
-  weight_map = {}
+  weight_map: dict[str, str] = {}
+  total_bytes = 0
   for number, shard in enumerate(shards, start=1):
     file_name = safetensors_file.SINGLE_NAME
     if len(shards) > 1:
       file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    host = {
-      name: np.asarray(packing.tensor(model, leaf.path, layer))
-      for name, leaf, layer in shard
-    }
+    host: dict[str, np.ndarray] = {}
+    for name, leaf, layer in shard:
+      tensor = packing.tensor(model, leaf.path, layer)
+      if isinstance(tensor, QuantizedMatrix):
+        host.update(quantized_saving.tensors(name, tensor))
+      else:
+        host[name] = np.asarray(tensor)
+    total_bytes += sum(array.nbytes for array in host.values())
     unfinished = directory / (file_name + ".unfinished")
     # transformers refuses files that do not say which framework they are for.
     safetensors.numpy.save_file(host, unfinished, metadata={"format": "pt"})
@@ -473,8 +496,8 @@ def _save_tensors(
     unfinished.rename(directory / file_name)
     weight_map.update(dict.fromkeys(host, file_name))
   if len(shards) > 1:
-    total = sum(num_bytes(leaf) for _, leaf, _ in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    metadata = {"total_size": total_bytes}
+    index = {"metadata": metadata, "weight_map": weight_map}
     _write_json(directory / safetensors_file.INDEX_NAME, index)
 
 

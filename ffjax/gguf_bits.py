@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from ffjax.quantized import FORMATS, QuantizedMatrix
+from ffjax.quantized import FORMATS, QuantizedMatrix, pack_codes
 
 _BLOCK = 32
 _HALF = np.dtype("<f2")
@@ -70,7 +70,7 @@ def matrix(type_name: str, raw: np.ndarray) -> QuantizedMatrix:
   if format.bits == 4:
     # Of a block's codes, the first half is in the low nibbles.
     halves = np.concatenate([codes & 15, codes >> 4], axis=-1)
-    codes = halves[..., 0::2] | (halves[..., 1::2] << np.uint8(4))
+    codes = pack_codes(halves, format)
   return QuantizedMatrix(
     codes=codes.reshape(len(raw), -1),
     scales=np.ascontiguousarray(head[..., 0]),

@@ -24,6 +24,8 @@ from ffjax.quantized import (
   Format,
   QuantizedMatrix,
   dequantize,
+  pack_codes,
+  unpack_codes,
 )
 from ffjax.tensor_entry import StoredBits, TensorEntry
 
@@ -267,10 +269,8 @@ class _Matrix:
     """Returns the matrix as NumPy arrays."""
     codes = self._read_codes()
     if self._columns is not None:
-      if self.format.bits == 4:
-        codes = _pack(_unpack(codes, 4)[:, self._columns])
-      else:
-        codes = codes[:, self._columns]
+      columns = unpack_codes(codes, self.format)[:, self._columns]
+      codes = pack_codes(columns, self.format)
     zeros = self._read_zeros()
     return QuantizedMatrix(
       codes=codes,
@@ -294,7 +294,7 @@ class _Matrix:
     bits, layout = self._scheme.bits, self._scheme.layout
     words = self._whole(self._codes.name.rsplit(".", 1)[1])
     if layout == "awq":
-      return _pack(_awq_unpack(words).T)
+      return pack_codes(_awq_unpack(words, self.format).T, self.format)
     # The first code of a word is in its lowest bits, and so in its first byte.
     as_bytes = words.view(np.uint8)
     if layout == "gptq":
@@ -319,10 +319,10 @@ class _Matrix:
     """Returns `[out, groups]` uint8, or None of a symmetric format."""
     out, bits = self.shape[0], self._scheme.bits
     if self._scheme.layout == "awq":
-      zeros = _awq_unpack(self._whole("qzeros")).T
+      zeros = _awq_unpack(self._whole("qzeros"), self.format).T
       suffix = "qzeros"
     elif self._scheme.layout == "gptq":
-      zeros = _unpack(self._whole("qzeros").view(np.uint8), bits).T
+      zeros = unpack_codes(self._whole("qzeros").view(np.uint8), self.format).T
       zeros = zeros + np.uint8(self._scheme.zero_offset)
       suffix = "qzeros"
     elif "weight_zero_point" in self._tensors:
@@ -333,7 +333,7 @@ class _Matrix:
       else:
         # Packed along the first axis.
         turned = np.ascontiguousarray(stored.T).view(np.uint8)
-        zeros = _unpack(turned, bits).T[:out]
+        zeros = unpack_codes(turned, self.format).T[:out]
     else:
       return None
     if not self._scheme.symmetric:
@@ -346,20 +346,8 @@ class _Matrix:
     return None
 
 
-def _unpack(as_bytes: np.ndarray, bits: int) -> np.ndarray:
-  """Returns codes, a byte each, `[..., n]`, of bytes `[..., n * bits / 8]`."""
-  if bits == 8:
-    return as_bytes
-  pairs = np.stack([as_bytes & 15, as_bytes >> 4], axis=-1)
-  return pairs.reshape(*as_bytes.shape[:-1], -1)
-
-
-def _pack(codes: np.ndarray) -> np.ndarray:
-  """Undoes `_unpack` for 4 bits."""
-  return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
-
-
-def _awq_unpack(words: np.ndarray) -> np.ndarray:
+def _awq_unpack(words: np.ndarray, format: Format) -> np.ndarray:
   """Returns codes `[rows, out]` of words `[rows, out / 8]`."""
-  nibbles = _unpack(words.view(np.uint8), 4).reshape(*words.shape, 8)
+  nibbles = unpack_codes(words.view(np.uint8), format)
+  nibbles = nibbles.reshape(*words.shape, 8)
   return nibbles[..., np.argsort(_AWQ_ORDER)].reshape(words.shape[0], -1)
