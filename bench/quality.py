@@ -22,7 +22,6 @@ from ffjax.errors import RequestError
 from ffjax.params import Model
 from ffjax.quantized import FORMATS
 
-
 _CHECKPOINT = absl_flags.DEFINE_string(
   "checkpoint", "checkpoints/tiny_llama", "Directory or .gguf file."
 )

@@ -55,12 +55,13 @@ def run_layer(
   cache = KVCache.create(config, b, t, x.dtype)
   tokens = TokenPlaces.after(config, cache, num_tokens, t)
   real = jnp.arange(t, dtype=jnp.int32)[None, :] < num_tokens[:, None]
+  real = real.astype(jnp.float32).reshape(b * t, 1)
   moments = {}
 
   def watch(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if isinstance(context.module, Linear):
-      inputs = args[0].astype(jnp.float32) * real[..., None]
-      flat = inputs.reshape(b * t, -1)
+      flat = args[0].astype(jnp.float32).reshape(b * t, -1)
+      flat *= real
       *_, module, name = context.module.path
       moments[module, name] = _dot(flat.T, flat)
     return run(*args, **kwargs)
