@@ -29,7 +29,7 @@ from ffjax import (
 )
 from ffjax.cache import KVCache
 from ffjax.errors import CheckpointError, RequestError
-from ffjax.implementation import reference_hidden
+from ffjax.implementation import reference_hidden, reference_logits
 from ffjax.quantized import FORMATS, QuantizedMatrix
 
 _ROOT = pathlib.Path(ffjax.__file__).parents[1]
@@ -419,10 +419,9 @@ def test_transformers_runs_what_is_saved(oracle, small, name, tmp_path):
   )
   ids = np.asarray([[1, 5, 9, 7]], np.int32)
   with torch.no_grad():
-    hidden = theirs.model(torch.tensor(ids, dtype=torch.int64))
-  np.testing.assert_allclose(
-    hidden.last_hidden_state.numpy(), _hidden(model, ids), rtol=1e-3, atol=1e-3
-  )
+    logits = theirs(torch.tensor(ids, dtype=torch.int64)).logits
+  ours = reference_logits(model, jnp.asarray(_hidden(model, ids)))
+  np.testing.assert_allclose(logits.numpy(), ours, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
