@@ -108,6 +108,7 @@ class KernelLoop:
       self.capacity,
       params.num_ctas,
       jax.devices()[0].device_kind,
+      params.chunk_format,
     )
     if self.in_flight is not None:
       plan = dataclasses.replace(plan, in_flight=self.in_flight)

@@ -141,6 +141,7 @@ def _fused_plan(model: Model, cache: KVCache) -> tuple[Plan, PackedParams]:
     capacity,
     params.num_ctas,
     device_memory.default_device().device_kind,
+    params.chunk_format,
   )
   return plan, params
 
@@ -230,7 +231,7 @@ def _machine_lacks() -> str | None:
 
 def _model_lacks(model: Model) -> str | None:
   """Says why the kernel cannot run a model as it is, or None."""
-  reason = packing.why_not(model.config, model.matrix_dtypes, model.formats)
+  reason = packing.why_not_model(model)
   if reason is not None:
     return reason
   if not isinstance(model.params, PackedParams):
@@ -252,7 +253,13 @@ def _cache_lacks(model: Model, cache: KVCache) -> str | None:
   sizes = packed.geometry_of(model.config)
   try:
     geometry.check(sizes, batch)
-    make_plan(sizes, batch, capacity, model.params.num_ctas)
+    make_plan(
+      sizes,
+      batch,
+      capacity,
+      model.params.num_ctas,
+      layer_format=model.params.chunk_format,
+    )
   except geometry.UnsupportedError as e:
     return f"the kernel does not take {e}"
   if capacity % geometry.TILE:

@@ -5,6 +5,8 @@ reads them too, for prompts and for judging the kernel: a layer or a block of
 rows at a time, so that there is never a second copy of the weights.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ffjax import layerwise
+from ffjax import layerwise, quantized
 from ffjax.cache import KVCache
 from ffjax.config import LlamaConfig
 from ffjax.model import DType, Params
+from ffjax.quantized import QuantizedMatrix
+from pallas_kernels import code_packing, formats
 from pallas_kernels import packing as chunks_lib
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
@@ -37,6 +41,8 @@ NORM_PATHS: tuple[Path, ...] = (
   ("layers", "post_attention_layernorm", "weight"),
   ("norm", "weight"),
 )
+# Those that every layer has.
+LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 # The LM head is multiplied in blocks of rows of about this size.
 _BLOCK_BYTES = 32 * 2**20
 
@@ -58,6 +64,11 @@ class PackedParams:
     norms: `[2 L + 1, D']` float32: of each layer before attention and before
       the MLP, then the final one; zeros beyond D.
     norm_dtypes: names of the dtypes that the norms had, as in `NORM_PATHS`.
+    scales: by the name of a field above, of codes, the `[L, P, n, words]` int32
+      beside them; see `pallas_kernels.code_packing`. Chunks then have as many
+      rows as their codes take.
+    format: what the layers' matrices were quantised to, or None.
+    chunk_format: how the kernel has them.
   """
 
   qkv: jax.Array
@@ -68,6 +79,13 @@ class PackedParams:
   embedding: jax.Array | None
   norms: jax.Array
   norm_dtypes: tuple[str, ...] = struct.field(pytree_node=False)
+  scales: dict[str, jax.Array] = struct.field(default_factory=dict)
+  format: quantized.Format | None = struct.field(
+    pytree_node=False, default=None
+  )
+  chunk_format: formats.Format = struct.field(
+    pytree_node=False, default=formats.BF16
+  )
 
   @property
   def num_ctas(self) -> int:
@@ -80,8 +98,32 @@ class PackedParams:
       return jnp.dtype(self.norm_dtypes[NORM_PATHS.index(path)])
     return np.dtype(self.qkv.dtype)
 
+  def leaf_bytes(self, path: Path, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a leaf without padding, given its shape."""
+    size = math.prod(shape)
+    is_matrix = path[0] == "layers" and path not in NORM_PATHS
+    if self.format is None or not is_matrix:
+      return size * self.leaf_dtype(path).itemsize
+    num_scales = size // shape[-1] * self.format.num_groups(shape[-1])
+    entry_bytes = np.dtype(self.chunk_format.scale).itemsize
+    if self.chunk_format.beside == "zero":
+      entry_bytes += 1
+    elif self.chunk_format.beside == "minimum":
+      entry_bytes *= 2
+    return size * self.format.bits // 8 + num_scales * entry_bytes
+
+  def layer_chunks(self) -> dict[str, Any]:
+    """Returns the layers' chunks by group, beside their scales if any."""
+    return {
+      name: (getattr(self, name), self.scales[name])
+      if self.scales
+      else getattr(self, name)
+      for name in LAYER_GROUPS
+    }
+
   def operands(self) -> dict[str, jax.Array]:
     """Returns what the kernel takes, by its names."""
+    scales = {f"s_{name}": array for name, array in self.scales.items()}
     embedding = self.lm_head if self.embedding is None else self.embedding
     return dict(
       qkv=self.qkv,
@@ -91,6 +133,7 @@ class PackedParams:
       lm_head=self.lm_head,
       embedding=embedding,
       norms=self.norms,
+      **scales,
     )
 
 
@@ -135,8 +178,27 @@ def groups(config: LlamaConfig) -> dict[str, tuple[Path, ...]]:
   }
 
 
-def _matmul(config: LlamaConfig, name: str, num_ctas: int) -> Matmul:
-  schedule = make_schedule(geometry_of(config), num_ctas)
+def chunk_format_of(matrix: jax.Array | QuantizedMatrix) -> formats.Format:
+  """Returns how the kernel has a matrix; act-order is not looked at."""
+  if not isinstance(matrix, QuantizedMatrix):
+    return formats.BF16
+  beside = None
+  if matrix.zeros is not None:
+    beside = "zero"
+  elif matrix.minimums is not None:
+    beside = "minimum"
+  f = matrix.format
+  scale = np.dtype(matrix.scales.dtype).name
+  return formats.Format(f.bits, f.is_float, f.group_size, scale, beside)
+
+
+def _matmul(
+  config: LlamaConfig,
+  name: str,
+  num_ctas: int,
+  chunk_format: formats.Format = formats.BF16,
+) -> Matmul:
+  schedule = make_schedule(geometry_of(config), num_ctas, chunk_format)
   # The embedding is looked up, but its table has the LM head's form.
   return getattr(schedule, "lm_head" if name == "embedding" else name)
 
@@ -145,70 +207,142 @@ def pack_matrices(
   config: LlamaConfig,
   name: str,
   num_ctas: int,
-  matrices: Sequence[jax.Array],
-) -> jax.Array:
+  matrices: Sequence[Any],
+) -> Any:
   """Packs the matrices of a group: `[out, in]` each, of one layer if of any.
 
   Args:
     config: the model.
     name: of the group, a key of `groups`; any but the norms.
     num_ctas: P.
-    matrices: bfloat16, in the order of `groups`.
+    matrices: bfloat16, or quantised to one format, in the order of `groups`.
 
   Returns:
-    `[P, n, 128, 64]` bfloat16.
+    `[P, n, 128, 64]` bfloat16; of quantised matrices, codes and scales, see
+    `pallas_kernels.code_packing`.
   """
-  matmul = _matmul(config, name, num_ctas)
+  chunk_format = chunk_format_of(matrices[0])
+  matmul = _matmul(config, name, num_ctas, chunk_format)
+  if not chunk_format.is_packed:
+    return chunks_lib.pack_matrix(matmul, _join_rows(config, name, matrices))
+
+  def joined(field: str) -> jax.Array:
+    return _join_rows(config, name, [getattr(m, field) for m in matrices])
+
+  beside = None
+  if chunk_format.beside is not None:
+    beside = joined(f"{chunk_format.beside}s")
+  return (
+    code_packing.pack_codes(matmul, joined("codes")),
+    code_packing.pack_scales(matmul, joined("scales"), beside),
+  )
+
+
+def _join_rows(
+  config: LlamaConfig, name: str, parts: Sequence[jax.Array]
+) -> jax.Array:
+  """Joins what rows have, `[out, any]`, as the kernel wants them."""
   if name == "qkv":
-    joined = jnp.concatenate(matrices, axis=0)
-    rows = chunks_lib.permute_heads(joined, config.head_dim)
-  elif name == "gate_up":
-    rows = chunks_lib.interleave(*matrices)
-  else:
-    (rows,) = matrices
-  return chunks_lib.pack_matrix(matmul, rows)
+    rows = jnp.concatenate(parts, axis=0)
+    return chunks_lib.permute_heads(rows, config.head_dim)
+  if name == "gate_up":
+    return chunks_lib.interleave(*parts)
+  (rows,) = parts
+  return rows
 
 
-def unpack_matrices(
-  config: LlamaConfig, name: str, packed: jax.Array
+def _part_rows(
+  config: LlamaConfig, name: str, rows: jax.Array
 ) -> tuple[jax.Array, ...]:
-  """Undoes `pack_matrices`."""
-  c = config
-  matmul = _matmul(config, name, packed.shape[0])
-  attention_size = c.num_attention_heads * c.head_dim
-  key_size = c.num_key_value_heads * c.head_dim
+  """Undoes `_join_rows`."""
   if name == "qkv":
-    out = attention_size + 2 * key_size
-    rows = chunks_lib.unpack_matrix(matmul, packed, out, c.hidden_size)
-    rows = chunks_lib.unpermute_heads(rows, c.head_dim)
+    rows = chunks_lib.unpermute_heads(rows, config.head_dim)
+    attention_size = config.num_attention_heads * config.head_dim
+    key_size = config.num_key_value_heads * config.head_dim
     at = (attention_size, attention_size + key_size)
     return tuple(jnp.split(rows, at, axis=0))
   if name == "gate_up":
-    rows = chunks_lib.unpack_matrix(matmul, packed, matmul.rows, c.hidden_size)
-    return chunks_lib.deinterleave(rows, c.intermediate_size)
+    return chunks_lib.deinterleave(rows, config.intermediate_size)
+  return (rows,)
+
+
+def unpack_matrices(
+  config: LlamaConfig,
+  name: str,
+  packed: Any,
+  format: quantized.Format | None = None,
+  chunk_format: formats.Format = formats.BF16,
+) -> tuple[Any, ...]:
+  """Undoes `pack_matrices`.
+
+  Args:
+    config: the model.
+    name: of the group.
+    packed: what `pack_matrices` has made.
+    format: of quantised matrices.
+    chunk_format: likewise, how the kernel has them.
+  """
+  c = config
+  attention_size = c.num_attention_heads * c.head_dim
+  key_size = c.num_key_value_heads * c.head_dim
   shape = dict(
+    qkv=(attention_size + 2 * key_size, c.hidden_size),
     o=(c.hidden_size, attention_size),
+    gate_up=(2 * c.intermediate_size, c.hidden_size),
     down=(c.hidden_size, c.intermediate_size),
     lm_head=(c.vocab_size, c.hidden_size),
     embedding=(c.vocab_size, c.hidden_size),
   )[name]
-  return (chunks_lib.unpack_matrix(matmul, packed, *shape),)
+  part = functools.partial(_part_rows, config, name)
+  if format is None:
+    matmul = _matmul(config, name, packed.shape[0])
+    return part(chunks_lib.unpack_matrix(matmul, packed, *shape))
+  codes, scales = packed
+  matmul = _matmul(config, name, codes.shape[0], chunk_format)
+  codes = part(code_packing.unpack_codes(matmul, codes, *shape))
+  rows, beside_rows = code_packing.unpack_scales(matmul, scales, *shape)
+  beside: Sequence[jax.Array | None] = [None] * len(codes)
+  if beside_rows is not None:
+    beside = part(beside_rows)
+  return tuple(
+    QuantizedMatrix(
+      codes=own_codes,
+      scales=own_scales,
+      zeros=own_beside if chunk_format.beside == "zero" else None,
+      minimums=own_beside if chunk_format.beside == "minimum" else None,
+      columns=None,
+      format=format,
+    )
+    for own_codes, own_scales, own_beside in zip(
+      codes, part(rows), beside, strict=True
+    )
+  )
 
 
 def unpack_layer(
-  config: LlamaConfig, chunks: dict[str, jax.Array], norms: jax.Array
+  params: PackedParams,
+  config: LlamaConfig,
+  chunks: dict[str, Any],
+  norms: jax.Array,
+  dtype: DType,
 ) -> Params:
-  """Returns the parameter tree of one layer.
+  """Returns the parameter tree of one layer, without what is quantised.
 
   Args:
+    params: of the whole model.
     config: the model.
-    chunks: `[P, n, 128, 64]` of each group of the layer.
+    chunks: of each group of the layer, see `PackedParams.layer_chunks`.
     norms: `[2, D']` float32, the layer's.
+    dtype: what quantised weights are rounded to.
   """
   tree: Params = {}
   for name, packed in chunks.items():
-    matrices = unpack_matrices(config, name, packed)
+    matrices = unpack_matrices(
+      config, name, packed, params.format, params.chunk_format
+    )
     for path, matrix in zip(groups(config)[name], matrices, strict=True):
+      if isinstance(matrix, QuantizedMatrix):
+        matrix = quantized.dequantize(matrix).astype(dtype)
       _, module, matrix_name, leaf = path
       tree.setdefault(module, {})[matrix_name] = {leaf: matrix}
   for path, norm in zip(NORM_PATHS[:2], norms, strict=True):
@@ -252,10 +386,10 @@ def hidden_states(
 
   def layer_params(part: Any) -> Params:
     chunks, norms = part
-    return unpack_layer(config, chunks, norms)
+    return unpack_layer(params, config, chunks, norms, cache.k.dtype)
 
   stored = (
-    {name: getattr(params, name) for name in ("qkv", "o", "gate_up", "down")},
+    params.layer_chunks(),
     params.norms[:-1].reshape(num_layers, 2, -1),
   )
   return layerwise.hidden_states(

@@ -20,20 +20,15 @@ from ffjax.errors import RequestError
 from ffjax.packed import PackedParams, Path
 from ffjax.params import Model
 from ffjax.quantized import Format, QuantizedMatrix
-from pallas_kernels import geometry
+from pallas_kernels import formats, geometry
 
 
-def why_not(
-  config: LlamaConfig,
-  dtypes: Iterable[np.dtype],
-  formats: Iterable[Format] = (),
-) -> str | None:
+def why_not(config: LlamaConfig, dtypes: Iterable[np.dtype]) -> str | None:
   """Says why the kernel cannot take a model, or None if it can.
 
   Args:
     config: the model.
     dtypes: those of its matrices that are not quantised.
-    formats: those of its quantised matrices.
   """
   try:
     geometry.check(packed.geometry_of(config), batch=1)
@@ -48,9 +43,44 @@ def why_not(
       f"the kernel does not take {' and '.join(sorted(others))} matrices: load"
       " the model with dtype='bfloat16'"
     )
-  names = sorted(format.name for format in formats)
-  if names:
-    return f"the kernel does not take {' and '.join(names)} matrices"
+  return None
+
+
+def why_not_model(model: Model) -> str | None:
+  """Says why the kernel cannot take a model, or None if it can."""
+  reason = why_not(model.config, model.matrix_dtypes)
+  if reason is not None or isinstance(model.params, PackedParams):
+    return reason
+  flat = flax.traverse_util.flatten_dict(model.params)
+  found = {}
+  for name, paths in packed.groups(model.config).items():
+    for path in paths:
+      leaf = flat[path]
+      if name in packed.LAYER_GROUPS:
+        found[packed.chunk_format_of(leaf)] = leaf
+      elif isinstance(leaf, QuantizedMatrix):
+        return f"the kernel does not take {'.'.join(path)} as {leaf.format.name}"
+      if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
+        return (
+          f"the kernel does not take the order of columns of {'.'.join(path)}"
+          " (act-order): load the model with dtype='bfloat16'"
+        )
+  if len(found) > 1:
+    names = sorted(
+      f"{getattr(leaf, 'format', None) and leaf.format.name or 'bfloat16'}"
+      f" with {chunk_format.scale} scales"
+      for chunk_format, leaf in found.items()
+    )
+    return (
+      "the kernel takes matrices of one format in all layers, and there are"
+      f" {' and '.join(names)}"
+    )
+  (chunk_format,) = found
+  if chunk_format.beside is not None and chunk_format.scale == "float32":
+    return (
+      f"the kernel does not take float32 scales with a {chunk_format.beside}"
+      " beside each"
+    )
   return None
 
 
@@ -62,7 +92,8 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   result is a model like any other, of the same bits; `unpack` undoes it.
 
   Args:
-    model: with bfloat16 matrices. One that is packed is returned as it is.
+    model: with bfloat16 matrices, or with those of the layers quantised to one
+      format. One that is packed is returned as it is.
     num_ctas: to how many CTAs the weights are dealt out; None is one for each
       SM of the default device. Only packing for another device needs a number.
 
@@ -81,7 +112,7 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
         f" it to pack it for {num_ctas}"
       )
     return model
-  reason = why_not(model.config, model.matrix_dtypes, model.formats)
+  reason = why_not_model(model)
   if reason is not None:
     raise RequestError(f"the model cannot be packed: {reason}")
   p = _checked_num_ctas(num_ctas)
@@ -93,15 +124,22 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   )
   norm_dtypes = tuple(np.dtype(flat[x].dtype).name for x in packed.NORM_PATHS)
   fields: dict[str, Any] = {"embedding": None}
+  scales = {}
+  first = flat[groups["qkv"][0]]
+  if isinstance(first, QuantizedMatrix):
+    fields["format"] = first.format
+  fields["chunk_format"] = packed.chunk_format_of(first)
   for name, paths in groups.items():
     sources = tuple(flat.pop(path) for path in paths)
     made = _pack_group(sources, model.config, name, p)
-    fields[name] = made.block_until_ready()
+    if isinstance(made, tuple):
+      made, scales[name] = made
+    fields[name] = jax.block_until_ready(made)
     for source in sources:
       # The same array may be the embedding and the LM head.
       if not any(source is other for other in flat.values()):
         _delete(source)
-  params = PackedParams(**fields, norm_dtypes=norm_dtypes)
+  params = PackedParams(**fields, norm_dtypes=norm_dtypes, scales=scales)
   return dataclasses.replace(model, params=params)
 
 
@@ -122,14 +160,16 @@ def unpack(model: Model) -> Model:
   if not isinstance(params, PackedParams):
     return model
   groups = packed.groups(model.config)
-  largest = max(getattr(params, name).nbytes for name in groups)
+  stored = {name: getattr(params, name) for name in groups}
+  stored |= params.layer_chunks()
+  largest = max(map(_num_bytes, stored.values()))
   device_memory.require(
     largest, "unpacking: a second copy of a part of the model"
   )
   flat: dict[Path, jax.Array] = {}
   for name, paths in groups.items():
-    source = getattr(params, name)
-    made = _unpack_group(source, model.config, name, params.norm_dtypes)
+    source = stored.pop(name)
+    made = _unpack_group(source, model.config, name, *_unpacked_to(params))
     flat.update(zip(paths, jax.block_until_ready(made), strict=True))
     _delete(source)
   tree = flax.traverse_util.unflatten_dict(flat)
@@ -181,21 +221,31 @@ def _extra_bytes(
       ),
       sources,
     )
-    made_bytes = made.size * made.dtype.itemsize
+    made_bytes = _num_bytes(made)
     most = max(most, grown + made_bytes)
-    grown += made_bytes - sum(x.nbytes for x in sources)
+    grown += made_bytes - _num_bytes(sources)
   return most
 
 
-def _delete(array: jax.Array | np.ndarray) -> None:
-  if isinstance(array, jax.Array):
-    array.delete()
+def _num_bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _delete(tree: Any) -> None:
+  for array in jax.tree.leaves(tree):
+    if isinstance(array, jax.Array):
+      array.delete()
+
+
+def _unpacked_to(params: PackedParams) -> tuple[Any, ...]:
+  """Returns what `_unpack_group` has to know, all static."""
+  return params.norm_dtypes, params.format, params.chunk_format
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name", "num_ctas"))
 def _pack_group(
-  sources: tuple[jax.Array, ...], config: LlamaConfig, name: str, num_ctas: int
-) -> jax.Array:
+  sources: tuple[Any, ...], config: LlamaConfig, name: str, num_ctas: int
+) -> Any:
   if name == "norms":
     return _pack_norms(config, *sources)
   pack_one = functools.partial(packed.pack_matrices, config, name, num_ctas)
@@ -215,36 +265,45 @@ def _pack_norms(
   return jnp.pad(joined, ((0, 0), (0, width - config.hidden_size)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name", "norm_dtypes"))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _unpack_group(
-  source: jax.Array,
+  source: Any,
   config: LlamaConfig,
   name: str,
   norm_dtypes: tuple[str, ...],
-) -> tuple[jax.Array, ...]:
+  format: Format | None,
+  chunk_format: formats.Format,
+) -> tuple[Any, ...]:
   if name == "norms":
     rows = source[:, : config.hidden_size]
     parts = (rows[:-1:2], rows[1::2], rows[-1])
     return tuple(x.astype(d) for x, d in zip(parts, norm_dtypes, strict=True))
-  unpack_one = functools.partial(packed.unpack_matrices, config, name)
   if name in ("lm_head", "embedding"):
-    return unpack_one(source)
-  return jax.lax.map(unpack_one, source)
+    return packed.unpack_matrices(config, name, source)
+  return jax.lax.map(
+    lambda x: packed.unpack_matrices(config, name, x, format, chunk_format),
+    source,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "path"))
 def _tensor(
   params: PackedParams, layer: jax.Array, config: LlamaConfig, path: Path
-) -> jax.Array:
+) -> Any:
   (name,) = (k for k, paths in packed.groups(config).items() if path in paths)
   source = getattr(params, name)
   stacked = path[0] == "layers"
-  if stacked and name != "norms":
+  if name in packed.LAYER_GROUPS:
     # Only the layer that is wanted.
-    source = jax.lax.dynamic_slice_in_dim(source, layer, 1)
+    source = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1),
+      params.layer_chunks()[name],
+    )
     layer = jnp.zeros_like(layer)
-  made = _unpack_group(source, config, name, params.norm_dtypes)
+  made = _unpack_group(source, config, name, *_unpacked_to(params))
   leaf = made[packed.groups(config)[name].index(path)]
   if not stacked:
     return leaf
-  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf
+  )

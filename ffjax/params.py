@@ -81,7 +81,7 @@ class Model:
   def formats(self) -> frozenset[Format]:
     """Formats of the matrices that are quantised."""
     if isinstance(self.params, PackedParams):
-      return frozenset()
+      return frozenset(filter(None, [self.params.format]))
     return frozenset(
       leaf.format
       for leaf in flax.traverse_util.flatten_dict(self.params).values()
@@ -102,10 +102,11 @@ class Model:
 
   def leaf_bytes(self, leaf: "Leaf") -> int:
     """Returns the bytes of a leaf as stored, without what it is padded with."""
-    if not isinstance(self.params, PackedParams):
-      found = flax.traverse_util.flatten_dict(self.params)[leaf.path]
-      if isinstance(found, QuantizedMatrix):
-        return found.num_bytes
+    if isinstance(self.params, PackedParams):
+      return self.params.leaf_bytes(leaf.path, leaf.shape)
+    found = flax.traverse_util.flatten_dict(self.params)[leaf.path]
+    if isinstance(found, QuantizedMatrix):
+      return found.num_bytes
     return math.prod(leaf.shape) * self.leaf_dtype(leaf.path).itemsize
 
   def weight_bytes_per_step(self, batch: int = 1) -> int:

@@ -52,7 +52,7 @@ class Activations(CtaBase):
     plan = self.plan
     first, row_words = plan.exchanges[name]
     segment = matmul.cols // SEGMENTS
-    width = plan.block_chunks(matmul) * CHUNK_COLS
+    width = plan.block_chunks(matmul) * matmul.tiles * CHUNK_COLS
     at_once = words.sequences_at_once(plan.batch, SEGMENTS * width)
 
     def sequences(n: Index) -> None:

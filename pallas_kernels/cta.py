@@ -32,6 +32,10 @@ class CtaBase:
   w_o: Ref
   w_gate_up: Ref
   w_down: Ref
+  s_qkv: Ref
+  s_o: Ref
+  s_gate_up: Ref
+  s_down: Ref
   w_lm_head: Ref
   embedding: Ref
   emitted: Ref
@@ -44,6 +48,7 @@ class CtaBase:
   next_progress: Ref
 
   ring: Ref
+  scales: Ref
   x: Ref
   q: Ref
   p: Ref

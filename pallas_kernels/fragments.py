@@ -132,11 +132,13 @@ def merge_parts(
   )
 
 
-def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
+def store_own(
+  products: Sequence[jax.Array], sums: Ref, u: Index, *, adds: bool
+) -> None:
   """Stores, or adds, the products of each row's segment with its own columns.
 
   Args:
-    products: `[64, 8 B]` float32.
+    products: `[64, 8 B]` float32, or as many `[64, 8]`.
     sums: `[B, more than 64]` float32 in shared memory.
     u: which 64 columns of it.
     adds: whether there is a sum already.
@@ -149,7 +151,7 @@ def store_own(products: jax.Array, sums: Ref, u: Index, *, adds: bool) -> None:
     [sums],
     [],
     [u],
-    arrays=[products],
+    arrays=products,
     meets_before=False,
   )
 
@@ -311,8 +313,10 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
 
 
 def _emit_store_own(
-  what: StoreOwn, sums: Any, products: Any, u: Any
+  what: StoreOwn, sums: Any, *args: Any
 ) -> list[Any]:
+  *arrays, u = args
+  products = [x for array in arrays for x in array]
   row, col = _place()
   # Rows r and r + 8 have the same own column, which one thread of four holds.
   own = what.column(row)

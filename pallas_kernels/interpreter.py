@@ -23,10 +23,20 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import embedding, fragments, parts, patching, words
+from pallas_kernels import (
+  code_packing,
+  codes,
+  embedding,
+  fragments,
+  parts,
+  patching,
+  words,
+)
+from pallas_kernels.formats import ROW_BYTES
 from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.plan import WARPS
 
@@ -531,9 +541,10 @@ def _run_store_own(
   run: _Threads,
   refs: Sequence[Any],
   scalars: Sequence[int],
-  products: np.ndarray,
+  *arrays: np.ndarray,
 ) -> None:
   (sums,) = refs
+  products = np.concatenate(arrays, axis=1)
   at = scalars[0] * TILE
   row = np.arange(TILE)
   for b in range(what.batch):
@@ -556,6 +567,30 @@ def _run_store_weights(
   run.write(p, (0, 0), np.ascontiguousarray(values))
 
 
+def _run_multiply(
+  what: codes.MultiplyCodes,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  *sums: np.ndarray,
+) -> list[np.ndarray]:
+  scales, ring, x = refs
+  _, slot, column = scalars
+  f, tiles = what.format, what.tiles
+  n = f.chunk_rows(tiles)
+  chunk = run.read(ring, (slot, 0, 0), (1, n, ROW_BYTES // 2))
+  entries = run.read(scales, (slot, 0), (1, f.scale_words(tiles)))
+  weights = code_packing.chunk_values(
+    f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries[0])
+  )
+  found = []
+  for b, before in enumerate(sums):
+    rows = run.read(x, (SEGMENTS * b, column), (SEGMENTS, what.columns))
+    products = np.asarray(weights) @ rows.astype(np.float32).T
+    found.append(before + products)
+  return found
+
+
 _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   words.Send: _run_send,
   tuple: _run_receive,
@@ -565,6 +600,7 @@ _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   fragments.MergeParts: _run_merge_parts,
   fragments.StoreOwn: _run_store_own,
   fragments.StoreWeights: _run_store_weights,
+  codes.MultiplyCodes: _run_multiply,
 }
 
 

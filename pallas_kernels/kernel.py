@@ -185,12 +185,17 @@ def make_step(
   }
   plain = [name for name in arrays if name not in _OPERANDS]
   instead = [arrays.pop(name) for name in INSTEAD_OF_X]
+  scales = {}
+  if plan.scale_words:
+    scales["scales"] = plgpu.SMEM((plan.num_slots, plan.scale_words), I32)
+    plain.append("scales")
   scratch: dict[str, Any] = dict(
     ring=plgpu.SMEM(
       (plan.num_slots, CHUNK_ROWS, CHUNK_COLS // 2), BF16, transforms=SWIZZLED
     ),
     x_or_instead=plgpu.RefUnion([arrays.pop("x")], instead),
     **arrays,
+    **scales,
     produced=plgpu.Barrier(num_barriers=plan.num_slots, num_arrivals=2),
     consumed=plgpu.Barrier(num_barriers=plan.num_slots),
   )

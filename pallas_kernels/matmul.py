@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import fragments, mosaic, words
+from pallas_kernels import codes, fragments, mosaic, words
 from pallas_kernels.activations import Activations
 from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, Index, Ref, fori
@@ -77,7 +77,7 @@ class MatmulPhases(Stream, Activations):
               0,
               num_units,
               lambda u: self.multiply_unit(
-                i + (begin + u) * per_unit, per_unit, u, False
+                i + (begin + u) * per_unit, per_unit, u, False, matmul
               ),
             )
         else:
@@ -107,16 +107,17 @@ class MatmulPhases(Stream, Activations):
       fill(block)
     # The stream brings the group's chunks block by block.
     at = i + begin * per_unit + num_units * (block * per_block)
-    fori(
-      0,
-      num_units,
-      lambda u: self.multiply_unit(
-        at + u * num_chunks, num_chunks, u, block > 0
-      ),
-    )
+    with self.span("multiply"):
+      fori(
+        0,
+        num_units,
+        lambda u: self.multiply_unit(
+          at + u * num_chunks, num_chunks, u, block > 0, matmul
+        ),
+      )
 
   def multiply_unit(
-    self, i: Index, num_chunks: int, u: Index, adds: bool
+    self, i: Index, num_chunks: int, u: Index, adds: bool, matmul: Matmul
   ) -> None:
     """Multiplies a unit's next chunks and stores, or adds, to `sums`.
 
@@ -125,7 +126,44 @@ class MatmulPhases(Stream, Activations):
       num_chunks: how many.
       u: the unit's number in its group.
       adds: whether there is a sum already.
+      matmul: the matrix.
     """
+    if matmul.format.is_packed:
+      products = self._products_of_codes(i, num_chunks, matmul)
+    else:
+      products = [self._products(i, num_chunks)]
+    fragments.store_own(products, self.sums, u, adds=adds)
+
+  def _products_of_codes(
+    self, i: Index, num_chunks: int, matmul: Matmul
+  ) -> list[jax.Array]:
+    """Multiplies codes; returns `[64, 8]` of each sequence."""
+    columns = matmul.tiles * CHUNK_COLS
+
+    def step(j: Index, sums: Any) -> Any:
+      sums = codes.multiply(
+        matmul.format,
+        matmul.tiles,
+        self.ring,
+        self.scales,
+        self.x,
+        self.arrived(i + j),
+        j * columns,
+        sums,
+      )
+      # All threads have their codes: the program has made them meet.
+      self.free(i + j)
+      return sums
+
+    zero = plgpu.layout_cast(
+      jnp.zeros((TILE, SEGMENTS), F32), plgpu.Layout.WGMMA
+    )
+    return list(
+      lax.fori_loop(0, num_chunks, step, (zero,) * self.plan.batch)
+    )
+
+  def _products(self, i: Index, num_chunks: int) -> jax.Array:
+    """Multiplies chunks of bfloat16; returns `[64, 8 B]`."""
 
     def accumulate(acc: Ref) -> jax.Array:
       def step(j: Index) -> None:
@@ -152,10 +190,9 @@ class MatmulPhases(Stream, Activations):
       self.free(i + num_chunks - 1)
       return acc[...]
 
-    products = pl.run_scoped(
+    return pl.run_scoped(
       accumulate, plgpu.ACC((TILE, SEGMENTS * self.plan.batch), F32)
     )
-    fragments.store_own(products, self.sums, u, adds=adds)
 
   def result(self, b: Index) -> jax.Array:
     """Returns a group's 64 results."""

@@ -98,8 +98,10 @@ def unpermute_heads(rows: jax.Array, head_dim: int) -> jax.Array:
 def interleave(gate: jax.Array, up: jax.Array) -> jax.Array:
   """Alternates rows of each; two `[..., F, in]` to `[..., 2 F, in]`."""
   *lead, out, cols = gate.shape
-  both = jnp.stack([_bits(gate), _bits(up)], axis=-2)
-  return _weights(both.reshape(*lead, 2 * out, cols))
+  is_bf16 = gate.dtype == jnp.bfloat16
+  both = [_bits(x) if is_bf16 else x for x in (gate, up)]
+  joined = jnp.stack(both, axis=-2).reshape(*lead, 2 * out, cols)
+  return _weights(joined) if is_bf16 else joined
 
 
 def deinterleave(rows: jax.Array, out: int) -> tuple[jax.Array, jax.Array]:

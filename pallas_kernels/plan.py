@@ -15,10 +15,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
+from pallas_kernels.formats import BF16, ROW_BYTES, Format
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
   CHUNK_ROWS,
+  CHUNK_WIDTH,
   MAX_BATCH,
   SEGMENTS,
   TILE,
@@ -111,23 +113,30 @@ class Plan:
     return Part(self.geometry.head_dim, self.geometry.group)
 
   @property
-  def x_chunks(self) -> int:
-    """Chunks of columns of which shared memory holds the activations.
+  def x_tiles(self) -> int:
+    """Of how many times 1,024 columns shared memory holds the activations.
 
     What goes through a norm is there whole.
     """
-    normed = self.schedule.qkv.chunks_per_unit
-    longest = max(m.chunks_per_unit for m in self.schedule.matmuls)
-    chunk_bytes = self.batch * SEGMENTS * CHUNK_COLS * 2
-    return max(normed, min(longest, _X_BYTES // chunk_bytes))
+    normed = self.schedule.qkv.cols // CHUNK_WIDTH
+    longest = max(m.cols for m in self.schedule.matmuls) // CHUNK_WIDTH
+    tile_bytes = self.batch * CHUNK_WIDTH * 2
+    return max(normed, min(longest, _X_BYTES // tile_bytes))
 
   def num_blocks(self, matmul: Matmul) -> int:
     """Into how many blocks a unit's chunks are cut, evenly."""
-    return -(-matmul.chunks_per_unit // self.x_chunks)
+    return -(-matmul.chunks_per_unit // (self.x_tiles // matmul.tiles))
 
   def block_chunks(self, matmul: Matmul) -> int:
     """Chunks of a block; the last one may be shorter."""
     return -(-matmul.chunks_per_unit // self.num_blocks(matmul))
+
+  @property
+  def scale_words(self) -> int:
+    """Words of int32 beside a slot, for scales; a multiple of 16 bytes."""
+    matmuls = self.schedule.matmuls
+    packed = [m for m in matmuls if m.format.is_packed]
+    return max((m.format.scale_words(m.tiles) for m in packed), default=0)
 
   @property
   def exchanges(self) -> dict[str, tuple[int, int]]:
@@ -183,7 +192,10 @@ class Plan:
   @property
   def num_slots(self) -> int:
     """Slots of the ring: what shared memory leaves."""
-    return (SMEM_BYTES - self.fixed_smem_bytes) // CHUNK_BYTES
+    free_bytes = SMEM_BYTES - self.fixed_smem_bytes
+    if self.scale_words:
+      free_bytes -= _SMEM_ALIGNMENT_BYTES
+    return free_bytes // (CHUNK_BYTES + 4 * self.scale_words)
 
 
 def make_plan(
@@ -192,6 +204,7 @@ def make_plan(
   capacity: int,
   num_ctas: int,
   device_kind: str | None = None,
+  layer_format: Format = BF16,
 ) -> Plan:
   """Plans the step of a model for a batch, a capacity and a number of CTAs.
 
@@ -201,12 +214,16 @@ def make_plan(
     capacity: S.
     num_ctas: P.
     device_kind: what it will run on, for `tuning`; None if unknown.
+    layer_format: how the layers' matrices are stored.
 
   Raises:
     UnsupportedError: if shared memory leaves too little for the stream.
   """
-  schedule = make_schedule(geometry, num_ctas)
+  schedule = make_schedule(geometry, num_ctas, layer_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
+  # As many bytes of the matrix whose chunks are the smallest.
+  rows = min(m.format.chunk_rows(m.tiles) for m in schedule.matmuls)
+  in_flight = -(-in_flight * CHUNK_ROWS // rows)
   plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(
@@ -237,12 +254,22 @@ def operand_shapes(
     max_steps: T, how many steps may follow each other.
   """
   g, s = plan.geometry, plan.schedule
+  n = g.num_hidden_layers
 
   def packed(m: Matmul, *lead: int) -> tuple[tuple[int, ...], Any]:
-    shape = (*lead, plan.num_ctas, m.run_chunks, CHUNK_ROWS, CHUNK_COLS // 2)
+    rows = m.format.chunk_rows(m.tiles)
+    shape = (*lead, plan.num_ctas, m.run_chunks, rows, ROW_BYTES // 2)
     return shape, jnp.bfloat16
 
-  n = g.num_hidden_layers
+  scales = {
+    f"s_{m.name}": (
+      (n, plan.num_ctas, m.run_chunks, m.format.scale_words(m.tiles)),
+      jnp.int32,
+    )
+    for m in s.matmuls
+    if m.format.is_packed
+  }
+
   cache = (
     (n, plan.batch, g.num_key_value_heads, plan.capacity, g.head_dim),
     jnp.bfloat16,
@@ -260,6 +287,7 @@ def operand_shapes(
     w_o=packed(s.o, n),
     w_gate_up=packed(s.gate_up, n),
     w_down=packed(s.down, n),
+    **scales,
     w_lm_head=packed(s.lm_head),
     embedding=packed(s.lm_head),
     emitted=((max_steps, MAX_BATCH), jnp.int32),
@@ -277,7 +305,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   # Pairs of a group may begin anywhere in a head and end in the next.
   angles = g.head_dim // 2 + GROUP_ROWS // 2
   return dict(
-    x=((b * SEGMENTS, plan.x_chunks * CHUNK_COLS), bf16),
+    x=((b * SEGMENTS, plan.x_tiles * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
     p=((8, TILES_AT_ONCE * TILE), bf16),
     sums=((b, GROUP_UNITS * TILE), f32),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import BF16, Format
 from pallas_kernels.geometry import (
   CHUNK_WIDTH,
   TILE,
@@ -36,12 +37,14 @@ class Matmul:
     rows: padded to whole units.
     cols: padded to whole chunks.
     num_ctas: P.
+    format: how it is stored.
   """
 
   name: str
   rows: int
   cols: int
   num_ctas: int
+  format: Format = BF16
 
   @property
   def num_units(self) -> int:
@@ -49,9 +52,14 @@ class Matmul:
     return self.rows // UNIT_ROWS
 
   @property
+  def tiles(self) -> int:
+    """How many times 128 columns of each segment are in a chunk."""
+    return self.format.tiles(self.cols)
+
+  @property
   def chunks_per_unit(self) -> int:
-    """Chunks of 128 columns of each segment."""
-    return self.cols // CHUNK_WIDTH
+    """Chunks of all columns of 8 rows."""
+    return self.cols // (CHUNK_WIDTH * self.tiles)
 
   @property
   def run(self) -> int:
@@ -98,8 +106,16 @@ class Schedule:
     return np.stack([m.table() for m in self.matmuls], axis=1)
 
 
-def make_schedule(geometry: Geometry, num_ctas: int) -> Schedule:
-  """Deals the matrices of a model out to `num_ctas` CTAs."""
+def make_schedule(
+  geometry: Geometry, num_ctas: int, layer_format: Format = BF16
+) -> Schedule:
+  """Deals the matrices of a model out to `num_ctas` CTAs.
+
+  Args:
+    geometry: the model.
+    num_ctas: P.
+    layer_format: how the layers' matrices are stored; the LM head is bfloat16.
+  """
   g = geometry
   d = g.padded_hidden_size
   sizes = dict(
@@ -111,7 +127,13 @@ def make_schedule(geometry: Geometry, num_ctas: int) -> Schedule:
   )
   return Schedule(
     **{
-      name: Matmul(name, rows, cols, num_ctas)
+      name: Matmul(
+        name,
+        rows,
+        cols,
+        num_ctas,
+        BF16 if name == "lm_head" else layer_format,
+      )
       for name, (rows, cols) in sizes.items()
     }
   )

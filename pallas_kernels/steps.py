@@ -86,7 +86,7 @@ def operands(
   Args:
     plan: sizes and schedule.
     packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (the LM head
-      if tied) and `norms`, see `packing`.
+      if tied) and `norms`, see `packing`; and of codes `s_qkv` and so on.
     token_ids: `[B]` int32.
     positions: `[B]` int32, tokens in the cache so far, below S where active.
     active: `[B]` bool; the caches of other sequences are left alone.
@@ -121,6 +121,7 @@ def operands(
     w_o=packed["o"],
     w_gate_up=packed["gate_up"],
     w_down=packed["down"],
+    **{name: array for name, array in packed.items() if name[:2] == "s_"},
     w_lm_head=packed["lm_head"],
     embedding=packed["embedding"],
     emitted=jnp.full(shapes["emitted"][0], NO_TOKEN, jnp.int32),

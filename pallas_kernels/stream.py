@@ -54,8 +54,31 @@ class Stream(CtaBase):
       )
     return i + 1
 
-  def stream_weights(self, i: Index, packed: Ref, matmul: Matmul) -> Index:
-    """Streams this CTA's units of `[P, n, 128, 64]`, as `MatmulPhases` does."""
+  def load_codes(self, i: Index, codes: Ref, scales: Ref) -> Index:
+    """Loads codes and their scales into the next slot; returns the next index."""
+    slot = self.acquire(i)
+    targets = (
+      self.ring.at[slot, pl.ds(0, codes.shape[0])],
+      self.scales.at[slot, pl.ds(0, scales.shape[0])],
+    )
+    for source, target in zip((codes, scales), targets, strict=True):
+      plgpu.copy_gmem_to_smem(source, target, self.produced.at[slot])
+    return i + 1
+
+  def stream_weights(
+    self, i: Index, packed: Ref, matmul: Matmul, scales: Ref | None = None
+  ) -> Index:
+    """Streams this CTA's units of a layer's matrix, as `MatmulPhases` does.
+
+    Args:
+      i: index in the stream.
+      packed: `[P, n, rows of the ring, 64]`.
+      matmul: how it is dealt out.
+      scales: `[P, n, words]` int32 of codes, or None.
+
+    Returns:
+      The stream's next index.
+    """
     plan = self.plan
     self.phase = PHASE_OF[matmul.name]
     _, count = self.runs[matmul.name]
@@ -64,6 +87,8 @@ class Stream(CtaBase):
 
     def load(j: Index, i: Index) -> Index:
       chunk = packed.at[self.cta, j]
+      if scales is not None:
+        return self.load_codes(i, chunk, scales.at[self.cta, j])
       return self.load_halves(
         i, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)]
       )
@@ -123,11 +148,18 @@ class Stream(CtaBase):
     plan, s = self.plan, self.plan.schedule
 
     def layer_stream(layer: Index, i: Index) -> Index:
-      i = self.stream_weights(i, self.w_qkv.at[layer], s.qkv)
+      def weights(i: Index, matmul: Matmul) -> Index:
+        scales = None
+        if matmul.format.is_packed:
+          scales = getattr(self, f"s_{matmul.name}").at[layer]
+        packed = getattr(self, f"w_{matmul.name}").at[layer]
+        return self.stream_weights(i, packed, matmul, scales)
+
+      i = weights(i, s.qkv)
       i = self.stream_keys_and_values(i, layer)
-      i = self.stream_weights(i, self.w_o.at[layer], s.o)
-      i = self.stream_weights(i, self.w_gate_up.at[layer], s.gate_up)
-      return self.stream_weights(i, self.w_down.at[layer], s.down)
+      for matmul in (s.o, s.gate_up, s.down):
+        i = weights(i, matmul)
+      return i
 
     i = lax.fori_loop(0, self.num_layers, layer_stream, I32(0))
     i = self.stream_weights(i, self.w_lm_head, s.lm_head)

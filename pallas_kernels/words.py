@@ -40,6 +40,9 @@ WORD_BYTES = 8
 _BF16_BYTES = 8
 # A pair of words is loaded at once; so many pairs are before any is looked at.
 _MOST_IN_FLIGHT = 16
+# Likewise if they are of several sequences: more at a time only stand in the way
+# of what CTAs load whose words have come (bench/LOG.md).
+_MOST_OF_SEQUENCES = 8
 
 # Where the first of four bfloat16 has the stamp. The highest exponent bit, one
 # to the left, tells what this one was: the other, for all from 2^-63 to 2^65.
@@ -183,7 +186,7 @@ def _payload_bytes(ref: Ref) -> int:
 def sequences_at_once(batch: int, columns: int) -> int:
   """Returns for how many sequences all loads of bfloat16 can be under way."""
   turns = -(-columns // (PIECE_COLUMNS * THREADS))
-  most = max(1, _MOST_IN_FLIGHT // turns)
+  most = max(1, _MOST_OF_SEQUENCES // turns)
   return max(n for n in range(1, most + 1) if batch % n == 0)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import interpreter, kernel, packing, words
+from pallas_kernels import code_packing, interpreter, kernel, packing, words
+from pallas_kernels.formats import BF16, Format
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.plan import make_plan, operand_shapes
 
@@ -53,6 +54,7 @@ class Case:
     capacity: S.
     positions: of the new tokens, one per sequence.
     active: whether each sequence's cache is to grow.
+    layer_format: how the layers' matrices are stored.
   """
 
   geometry: Geometry
@@ -60,6 +62,7 @@ class Case:
   capacity: int
   positions: tuple[int, ...]
   active: tuple[bool, ...] = (True,)
+  layer_format: Format = BF16
 
 
 # The ninth has no units but the LM head's last one.
@@ -94,6 +97,8 @@ class Step:
   sin: jax.Array
   k_cache: jax.Array
   v_cache: jax.Array
+  # Of matrices that are codes: these, scales, and zeros or minimums.
+  codes: dict[str, tuple]
 
 
 def cos_sin(geometry, positions):
@@ -123,7 +128,7 @@ def make_step(case):
   cache = (layers, batch, kv_heads, case.capacity, h)
   cos, sin = cos_sin(g, case.positions)
   embedding = normal(g.vocab_size, d).astype(_BF16)
-  return Step(
+  step = Step(
     q=matrix(layers, heads * h, d),
     k=matrix(layers, kv_heads * h, d),
     v=matrix(layers, kv_heads * h, d),
@@ -141,7 +146,9 @@ def make_step(case):
     sin=sin,
     k_cache=normal(*cache).astype(_BF16),
     v_cache=normal(*cache).astype(_BF16),
+    codes={},
   )
+  return with_codes(case, step) if case.layer_format.is_packed else step
 
 
 def _norm(x, weight, eps):
@@ -207,6 +214,86 @@ def progress_of(token_ids, positions, active, step, max_steps):
   return jnp.asarray(np.stack([np.pad(x, (0, 8 - len(x))) for x in rows]))
 
 
+def random_codes(rng, shape, f):
+  """Makes a matrix `[L, out, in]` of a format whose weights are bfloat16.
+
+  Returns:
+    Codes, scales, what is beside them, and the weights, float32.
+  """
+  *outer, cols = shape
+  groups = 1 if f.group is None else cols // f.group
+  # Few bits, other ones in each group: products with codes are not rounded.
+  fractions = rng.choice([1.0, 1.25, 1.5, 1.75], (*outer, groups))
+  if f.bits == 8 and not f.is_float or f.beside == "minimum":
+    fractions = rng.choice([0.5, 1.0, 2.0], (*outer, groups))
+  scales = fractions * cols**-0.5 / 2 ** (f.bits - 2)
+  scales = 2.0 ** np.round(np.log2(scales / fractions)) * fractions
+  values = rng.integers(0, 2**f.bits, shape, np.uint8)
+  if f.is_float:
+    values &= 0xBF  # Below 2.
+    codes, numbers = values, values.view(jnp.float8_e4m3fn)
+    scales = scales * 2.0**6
+  elif f.bits == 8:
+    codes, numbers = values, values.view(np.int8)
+  else:
+    codes, numbers = values[..., ::2] | values[..., 1::2] << 4, values
+  numbers = numbers.astype(np.float32).reshape(*outer, groups, -1)
+  beside = None
+  spread = scales[..., None]
+  if f.beside == "zero":
+    beside = rng.integers(0, 17, scales.shape, np.uint8)
+    weights = spread * (numbers - beside[..., None])
+  elif f.beside == "minimum":
+    minimums = -scales * rng.integers(0, 17, scales.shape)
+    weights = spread * numbers + minimums[..., None]
+    beside = jnp.asarray(minimums, f.scale)
+  else:
+    weights = spread * (numbers - (8.0 if f.bits == 4 else 0.0))
+  weights = weights.reshape(shape).astype(np.float32)
+  assert (weights == np.asarray(_bf16(weights))).all()
+  return (
+    jnp.asarray(codes),
+    jnp.asarray(scales, f.scale),
+    beside if beside is None else jnp.asarray(beside),
+  ), jnp.asarray(weights)
+
+
+def with_codes(case, s):
+  """Returns a step whose layers' matrices are random codes."""
+  rng = np.random.default_rng(0)
+  made = {
+    name: random_codes(rng, getattr(s, name).shape, case.layer_format)
+    for name in ("q", "k", "v", "o", "gate", "up", "down")
+  }
+  return dataclasses.replace(
+    s,
+    codes={name: stored for name, (stored, _) in made.items()},
+    **{name: weights.astype(_BF16) for name, (_, weights) in made.items()},
+  )
+
+
+def pack_codes(case, plan, s):
+  """Returns the operands of the layers' matrices, which are codes."""
+  operands = {}
+  for m in plan.schedule.matmuls[:-1]:
+    names = list("qkv") if m.name == "qkv" else m.name.split("_")
+
+    def joined(n, name=m.name, names=tuple(names)):
+      parts = [s.codes[x][n] for x in names]
+      if parts[0] is None:
+        return None
+      if name == "gate_up":
+        return packing.interleave(*parts)
+      rows = jnp.concatenate(parts, axis=1)
+      if name == "qkv":
+        return packing.permute_heads(rows, case.geometry.head_dim)
+      return rows
+
+    operands[f"w_{m.name}"] = code_packing.pack_codes(m, joined(0))
+    operands[f"s_{m.name}"] = code_packing.pack_scales(m, joined(1), joined(2))
+  return operands
+
+
 def pack(case, plan, s):
   """Lays the operands out as the kernel takes them, for the second of two steps.
 
@@ -235,10 +322,6 @@ def pack(case, plan, s):
     norms=jnp.pad(
       s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))
     ).reshape(operand_shapes(plan)["norms"][0]),
-    w_qkv=packing.pack_matrix(m.qkv, packing.permute_heads(qkv, g.head_dim)),
-    w_o=packing.pack_matrix(m.o, s.o),
-    w_gate_up=packing.pack_matrix(m.gate_up, packing.interleave(s.gate, s.up)),
-    w_down=packing.pack_matrix(m.down, s.down),
     w_lm_head=packing.pack_matrix(m.lm_head, s.lm_head),
     embedding=packing.pack_matrix(m.lm_head, s.embedding),
     emitted=jnp.full((2, 8), -1, jnp.int32),
@@ -246,7 +329,21 @@ def pack(case, plan, s):
     k_cache=s.k_cache,
     v_cache=s.v_cache,
   )
+  if s.codes:
+    operands |= pack_codes(case, plan, s)
+  else:
+    rows = dict(
+      qkv=packing.permute_heads(qkv, g.head_dim),
+      o=s.o,
+      gate_up=packing.interleave(s.gate, s.up),
+      down=s.down,
+    )
+    operands |= {
+      f"w_{name}": packing.pack_matrix(getattr(m, name), x)
+      for name, x in rows.items()
+    }
   expected = operand_shapes(plan, 2)
+  operands = {name: operands[name] for name in expected}
   assert {k: (x.shape, x.dtype) for k, x in operands.items()} == {
     k: (shape, jnp.dtype(dtype)) for k, (shape, dtype) in expected.items()
   }
@@ -290,7 +387,13 @@ def launch(plan, operands, *, detect_races=True, **kwargs):
 
 def plan_of(case):
   batch = len(case.positions)
-  return make_plan(case.geometry, batch, case.capacity, case.num_ctas)
+  return make_plan(
+    case.geometry,
+    batch,
+    case.capacity,
+    case.num_ctas,
+    layer_format=case.layer_format,
+  )
 
 
 def interpret(case, s, *, detect_races=True, perturb=None, **kwargs):

@@ -299,7 +299,7 @@ def test_blocks_cover_every_chunk():
       for matmul in plan.schedule.matmuls:
         num_blocks = plan.num_blocks(matmul)
         per_block = plan.block_chunks(matmul)
-        assert per_block <= plan.x_chunks
+        assert per_block <= plan.x_tiles
         # As even as can be, and the last one is not empty.
         assert per_block == math.ceil(matmul.chunks_per_unit / num_blocks)
         assert (num_blocks - 1) * per_block < matmul.chunks_per_unit

@@ -1,0 +1,48 @@
+"""The kernel on codes of 4 and 8 bits, in Pallas' interpreter."""
+
+import dataclasses
+
+import pytest
+
+from pallas_kernels import interpreter
+from pallas_kernels.formats import Format
+
+if interpreter.missing() is not None:
+  pytest.skip(interpreter.missing(), allow_module_level=True)
+
+from interpreted_step import TINY, WIDE, Case, check
+
+# Each kind of code, of scale, and of what is beside it.
+_FORMATS = {
+  "int4_g128": Format(4, group=128),
+  "int4_g64": Format(4, group=64, scale="float16"),
+  "int4_g32_asym": Format(4, group=32, beside="zero"),
+  "q4_1": Format(4, group=32, scale="float16", beside="minimum"),
+  "int8": Format(8, scale="float32"),
+  "int8_g32": Format(8, group=32, scale="float16"),
+  "fp8": Format(8, is_float=True),
+}
+# Several chunks in a row, two sequences, heads of 128.
+_LONG = dataclasses.replace(
+  WIDE,
+  hidden_size=2176,
+  intermediate_size=4224,
+  num_hidden_layers=1,
+  num_attention_heads=2,
+  vocab_size=64,
+)
+
+
+@pytest.mark.parametrize("name", _FORMATS)
+def test_step(name):
+  check(
+    Case(TINY, 3, 64, (5,), layer_format=_FORMATS[name]), detect_races=False
+  )
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int4_g32_asym", "fp8"])
+def test_long_rows(name):
+  check(
+    Case(_LONG, 5, 64, (5, 9), (True, True), layer_format=_FORMATS[name]),
+    detect_races=False,
+  )
