@@ -18,6 +18,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
@@ -28,12 +29,17 @@ from ffjax import (
   json_file,
   packing,
   params,
+  quantization_config,
+  quantized_file,
+  quantized_leaf,
+  quantized_saving,
   safetensors_file,
   text,
 )
 from ffjax.config import LlamaConfig
 from ffjax.errors import CheckpointError, ConfigError, TokenizerError
 from ffjax.params import Leaf, Model
+from ffjax.quantized import Format, QuantizedMatrix
 from ffjax.tensor_entry import TensorEntry
 
 # Rows are read, checked and sent to the device in blocks of about this size.
@@ -46,16 +52,21 @@ def load(
   path: str | os.PathLike[str],
   dtype: Any = None,
   progress: Progress | None = None,
+  keep_quantized: bool | None = None,
 ) -> Model:
   """Loads a Llama checkpoint onto the default device.
 
   Args:
     path: a Hugging Face directory (`config.json`, safetensors in one file or
       sharded, perhaps `tokenizer.json`), or a `.gguf` file.
-    dtype: dtype of all parameters: float32, bfloat16 or float16. None keeps
-      each tensor's own, and float32 for quantised ones.
+    dtype: dtype of all parameters that are not kept quantised: float32,
+      bfloat16 or float16. None keeps each tensor's own; what is dequantised is
+      then float32, or bfloat16 beside matrices that are kept.
     progress: called as `progress(done_bytes, total_bytes)` while loading,
       first with 0, last with `done_bytes == total_bytes`.
+    keep_quantized: whether quantised matrices of layers keep their own bits, or
+      are dequantised. None keeps those of a directory, and dequantises a
+      `.gguf` file; True also keeps its Q4_0, Q4_1 and Q8_0.
 
   Returns:
     The model, with its tokenizer if the checkpoint has one.
@@ -67,7 +78,7 @@ def load(
   """
   if dtype is not None:
     dtype = params.checked_dtype(dtype)  # Before anything is read.
-  return open_checkpoint(path).load(dtype, progress)
+  return open_checkpoint(path).load(dtype, progress, keep_quantized)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +97,30 @@ class Checkpoint:
   tokenizer: text.Tokenizer | None
   entries: list[TensorEntry]
 
-  def matrix_dtypes(self, dtype: Any = None) -> set[np.dtype]:
-    """Returns the dtypes of the matrices of what `load(dtype)` would give."""
-    if dtype is not None:
-      return {params.checked_dtype(dtype)}
-    return {entry.dtype for entry in self.entries if len(entry.shape) == 2}
+  def matrix_types(
+    self, dtype: Any = None, keep_quantized: bool | None = None
+  ) -> tuple[set[np.dtype], set[Format]]:
+    """Returns dtypes and formats of the matrices that `load` would give."""
+    plan = self._plan(dtype, keep_quantized)
+    dtypes = {
+      kind
+      for leaf, _, kind in plan
+      if isinstance(kind, np.dtype) and len(leaf.tensor_shape) == 2
+    }
+    formats = {
+      kind.format for _, _, kind in plan if isinstance(kind, QuantizedMatrix)
+    }
+    return dtypes, formats
 
-  def load(self, dtype: Any = None, progress: Progress | None = None) -> Model:
+  def load(
+    self,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    keep_quantized: bool | None = None,
+  ) -> Model:
     """Reads the weights; arguments, result and errors are those of `load`."""
-    if dtype is not None:
-      dtype = params.checked_dtype(dtype)
-    plan = _match(self.path, self.config, self.entries)
-    total_bytes = sum(_leaf_bytes(leaf, parts, dtype) for leaf, parts in plan)
+    plan = self._plan(dtype, keep_quantized)
+    total_bytes = sum(_leaf_bytes(leaf, kind) for leaf, _, kind in plan)
     device_memory.require(total_bytes, f"{self.path}: the model")
 
     done_bytes = 0
@@ -110,13 +133,39 @@ class Checkpoint:
 
     advance(0)
     tree = {
-      leaf.path: _load_leaf(leaf, parts, dtype, advance) for leaf, parts in plan
+      leaf.path: quantized_leaf.load(parts, kind, advance)
+      if isinstance(kind, QuantizedMatrix)
+      else _load_leaf(leaf, parts, kind, advance)
+      for leaf, parts, kind in plan
     }
     return Model(
       params=flax.traverse_util.unflatten_dict(tree),
       config=self.config,
       tokenizer=self.tokenizer,
     )
+
+  def _plan(
+    self, dtype: Any, keep_quantized: bool | None
+  ) -> list[tuple[Leaf, list[TensorEntry], np.dtype | QuantizedMatrix]]:
+    """Returns for every leaf its tensors, and its dtype or what is kept."""
+    if dtype is not None:
+      dtype = params.checked_dtype(dtype)
+    if keep_quantized is None:
+      keep_quantized = self.path.suffix != ".gguf"
+    plan = _match(self.path, self.config, self.entries)
+    kept = [
+      quantized_leaf.stacked_shapes(leaf, parts) if keep_quantized else None
+      for leaf, parts in plan
+    ]
+    # What a bfloat16 model has beside its quantised matrices.
+    dequantized = np.dtype(
+      ml_dtypes.bfloat16 if any(x is not None for x in kept) else np.float32
+    )
+    found = []
+    for (leaf, parts), shapes in zip(plan, kept, strict=True):
+      own = _own_dtype(parts, dequantized) if dtype is None else dtype
+      found.append((leaf, parts, own if shapes is None else shapes))
+    return found
 
 
 def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -141,9 +190,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   # Not pathlib's tests, which raise for names that cannot exist.
   if os.path.isdir(path):
     raw = json_file.read_object(path / "config.json", ConfigError)
+    scheme = quantization_config.take_scheme(raw, path)
     config = LlamaConfig.from_dict(raw, str(path / "config.json"))
     config = _with_generation_eos(config, path / "generation_config.json")
-    entries = safetensors_file.open_directory(path)
+    entries = safetensors_file.open_directory(path, scheme is not None)
+    if scheme is not None:
+      entries = quantized_file.join(scheme, entries)
     return Checkpoint(path, config, text.load_tokenizer(path), entries)
   if not os.path.exists(path):
     raise CheckpointError(
@@ -219,12 +271,19 @@ def _match(
     )
     _check_tied(head, embedding)
   for name, entry in by_name.items():
-    # Older checkpoints carry the rope table, which the config determines.
-    if not name.endswith("rotary_emb.inv_freq"):
+    # Older checkpoints carry the rope table, which the config determines, and
+    # those of GPTQ biases that add nothing.
+    if not name.endswith("rotary_emb.inv_freq") and not _is_zero_bias(entry):
       raise CheckpointError(
         f"{entry.path}: {name} is not a tensor of this config"
       )
   return plan
+
+
+def _is_zero_bias(entry: TensorEntry) -> bool:
+  if not entry.name.endswith(".bias") or len(entry.shape) != 1:
+    return False
+  return not entry.read(0, entry.shape[0]).any()
 
 
 def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
@@ -248,14 +307,23 @@ def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
   return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
-def _leaf_dtype(parts: list[TensorEntry], dtype: np.dtype | None) -> np.dtype:
-  return _common_dtype(part.dtype for part in parts) if dtype is None else dtype
+def _own_dtype(parts: list[TensorEntry], dequantized: np.dtype) -> np.dtype:
+  """Returns a leaf's own dtype.
+
+  Args:
+    parts: its tensors.
+    dequantized: dtype of matrices that are dequantised.
+  """
+  return _common_dtype(
+    dequantized if part.is_quantized and len(part.shape) == 2 else part.dtype
+    for part in parts
+  )
 
 
-def _leaf_bytes(
-  leaf: Leaf, parts: list[TensorEntry], dtype: np.dtype | None
-) -> int:
-  return int(np.prod(leaf.shape)) * _leaf_dtype(parts, dtype).itemsize
+def _leaf_bytes(leaf: Leaf, kind: np.dtype | QuantizedMatrix) -> int:
+  if isinstance(kind, QuantizedMatrix):
+    return kind.num_bytes
+  return math.prod(leaf.shape) * kind.itemsize
 
 
 def _row_blocks(part: TensorEntry) -> Iterator[tuple[int, int]]:
@@ -270,21 +338,20 @@ def _row_blocks(part: TensorEntry) -> Iterator[tuple[int, int]]:
 def _load_leaf(
   leaf: Leaf,
   parts: list[TensorEntry],
-  dtype: np.dtype | None,
+  dtype: np.dtype,
   advance: Callable[[int], None],
 ) -> jax.Array:
   """Returns the leaf on the device; calls `advance` with bytes as they land."""
-  leaf_dtype = _leaf_dtype(parts, dtype)
-  if _leaf_bytes(leaf, parts, dtype) <= _BLOCK_BYTES:
+  if _leaf_bytes(leaf, dtype) <= _BLOCK_BYTES:
     # Small enough to gather on the host: no compilation, one transfer.
-    tensors = [_converted(p, 0, p.shape[0], leaf_dtype) for p in parts]
+    tensors = [_converted(p, 0, p.shape[0], dtype) for p in parts]
     host = np.stack(tensors) if leaf.stacked else tensors[0]
     advance(host.nbytes)
     return jax.device_put(host)
-  array = jnp.zeros(leaf.shape, leaf_dtype)
+  array = jnp.zeros(leaf.shape, dtype)
   for layer, part in enumerate(parts):
     for start, stop in _row_blocks(part):
-      block = _converted(part, start, stop, leaf_dtype)
+      block = _converted(part, start, stop, dtype)
       at = (start, *(0 for _ in part.shape[1:]))
       if leaf.stacked:
         block, at = block[None], (layer, *at)
@@ -328,6 +395,8 @@ def save(
 ) -> None:
   """Saves a model as a Hugging Face directory; `load` gives the same bits.
 
+  Quantised matrices are saved as compressed-tensors has them.
+
   Args:
     model: what to save: parameters, config and, if there is one, tokenizer.
     directory: is made if needed; must not hold a checkpoint yet.
@@ -335,7 +404,27 @@ def save(
       is one larger tensor. The host holds one shard at a time.
 
   Raises:
-    CheckpointError: if the directory holds a checkpoint or cannot be written.
+    CheckpointError: if the directory holds a checkpoint or cannot be written,
+      or a quantised model is none that compressed-tensors has.
+  """
+  directory = check_unused(directory)
+  config = _saved_config(model)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    _save_tensors(model, directory, max_shard_bytes)
+    if model.tokenizer is not None:
+      model.tokenizer.save(directory)
+    # Last, so that a directory with a config is a whole checkpoint.
+    _write_json(directory / "config.json", config)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
+
+
+def check_unused(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a directory's path, to save to.
+
+  Raises:
+    CheckpointError: if it holds a checkpoint.
   """
   directory = _checked_path(directory)
   for name in ("config.json", safetensors_file.SINGLE_NAME):
@@ -343,22 +432,18 @@ def save(
       raise CheckpointError(
         f"{directory / name} is there already; save to another directory"
       )
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    _save_tensors(model, directory, max_shard_bytes)
-    if model.tokenizer is not None:
-      model.tokenizer.save(directory)
-    # Last, so that a directory with a config is a whole checkpoint.
-    _write_json(directory / "config.json", _saved_config(model))
-  except (OSError, safetensors.SafetensorError) as e:
-    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
+  return directory
 
 
 def _saved_config(model: Model) -> dict[str, Any]:
   dtype = _common_dtype(
     model.leaf_dtype(leaf.path) for leaf in params.leaves(model.config)
   )
-  return {**model.config.to_dict(), "torch_dtype": dtype.name}
+  made = {**model.config.to_dict(), "torch_dtype": dtype.name}
+  quantised = quantized_saving.quantization_config(model)
+  if quantised is not None:
+    made["quantization_config"] = quantised
+  return made
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
@@ -377,8 +462,7 @@ def _save_tensors(
   tensors.sort(key=lambda item: (item[1].stacked, item[2]))
 
   def num_bytes(leaf: Leaf) -> int:
-    itemsize = model.leaf_dtype(leaf.path).itemsize
-    return math.prod(leaf.tensor_shape) * itemsize
+    return model.leaf_bytes(leaf) // len(leaf.names)
 
   shards: list[list[tuple[str, Leaf, int]]] = [[]]
   shard_bytes = 0
@@ -390,15 +474,20 @@ def _save_tensors(
     shards[-1].append(item)
     shard_bytes += size
 
-  weight_map = {}
+  weight_map: dict[str, str] = {}
+  total_bytes = 0
   for number, shard in enumerate(shards, start=1):
     file_name = safetensors_file.SINGLE_NAME
     if len(shards) > 1:
       file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    host = {
-      name: np.asarray(packing.tensor(model, leaf.path, layer))
-      for name, leaf, layer in shard
-    }
+    host: dict[str, np.ndarray] = {}
+    for name, leaf, layer in shard:
+      tensor = packing.tensor(model, leaf.path, layer)
+      if isinstance(tensor, QuantizedMatrix):
+        host.update(quantized_saving.tensors(name, tensor))
+      else:
+        host[name] = np.asarray(tensor)
+    total_bytes += sum(array.nbytes for array in host.values())
     unfinished = directory / (file_name + ".unfinished")
     # transformers refuses files that do not say which framework they are for.
     safetensors.numpy.save_file(host, unfinished, metadata={"format": "pt"})
@@ -407,8 +496,8 @@ def _save_tensors(
     unfinished.rename(directory / file_name)
     weight_map.update(dict.fromkeys(host, file_name))
   if len(shards) > 1:
-    total = sum(num_bytes(leaf) for _, leaf, _ in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    metadata = {"total_size": total_bytes}
+    index = {"metadata": metadata, "weight_map": weight_map}
     _write_json(directory / safetensors_file.INDEX_NAME, index)
 
 

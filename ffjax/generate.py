@@ -38,6 +38,11 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, DTYPE_NAMES, "Dtype of the weights; default: the file's own."
 )
+_KEEP_QUANTIZED = flags.DEFINE_bool(
+  "keep_quantized",
+  None,
+  "Keep quantised matrices in their own bits; default: not those of GGUF.",
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Keep this much probability.")
@@ -155,13 +160,15 @@ def _run() -> None:
     raise RequestError(f"{path}: there is no tokenizer for text")
   prompt = _prompt_ids(shown, tokenizer)
   prompts_lib.check_lengths(opened.config, [prompt], _MAX_NEW_TOKENS.value)
+  dtypes, formats = opened.matrix_types(_DTYPE.value, _KEEP_QUANTIZED.value)
   pack = implementation.wants_packed(
-    _IMPLEMENTATION.value, opened.config, opened.matrix_dtypes(_DTYPE.value)
+    _IMPLEMENTATION.value, opened.config, dtypes, formats
   )
 
   model = opened.load(
     dtype=_DTYPE.value,
     progress=_ProgressBar("loading", sys.stderr),
+    keep_quantized=_KEEP_QUANTIZED.value,
   )
   if pack:
     model = packing.pack(model)

@@ -18,10 +18,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ffjax import gguf_bits
 from ffjax.errors import CheckpointError
 from ffjax.gguf_config import config_from_header
 from ffjax.gguf_header import StoredTensor, read_header
-from ffjax.tensor_entry import TensorEntry
+from ffjax.quantized import QuantizedMatrix
+from ffjax.tensor_entry import StoredBits, TensorEntry
 
 _MODEL_TENSORS = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -103,7 +105,7 @@ def open_gguf(path: str | pathlib.Path) -> GgufFile:
         f" {heads[module]} heads of {head_dim}"
       )
     rows = _Rows(path, state, tensor, head_dim)
-    entries.append(TensorEntry(name, tensor.shape, rows.dtype, path, rows.read))
+    entries.append(rows.entry(name))
   tokenizer_metadata = {
     key: value
     for key, value in header.metadata.items()
@@ -158,12 +160,39 @@ class _Rows:
     self._state = state
     self._tensor = tensor
     self._head_dim = head_dim
+    self._type_name = _type_name(tensor)
     # A vector is read element by element unless blocks tie them together.
     self._convert, self.dtype = _converter(path, tensor)
     is_plain = self._convert is None
     self._num_rows = (
       1 if len(tensor.shape) == 1 and not is_plain else tensor.shape[0]
     )
+
+  def entry(self, name: str) -> TensorEntry:
+    """Returns the tensor under its Hugging Face name."""
+    tensor = self._tensor
+    bits = None
+    if len(tensor.shape) == 2 and self._type_name in gguf_bits.TYPES:
+      out, columns = tensor.shape
+      shapes = gguf_bits.shapes(self._type_name, (out, columns))
+      bits = StoredBits(shapes, self._read_bits)
+    return TensorEntry(
+      name=name,
+      shape=tensor.shape,
+      dtype=self.dtype,
+      path=self._path,
+      read=self.read,
+      stored_as=self._type_name,
+      is_quantized=self._convert is not None,
+      bits=bits,
+    )
+
+  def _read_bits(self) -> QuantizedMatrix:
+    """Returns the whole matrix, rows in Hugging Face order."""
+    raw = self._raw(0, self._num_rows)
+    if self._head_dim:
+      raw = raw[_stored_row(np.arange(self._num_rows), self._head_dim)]
+    return gguf_bits.matrix(self._type_name, raw)
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Returns rows `[start, stop)` in Hugging Face order."""
@@ -209,6 +238,12 @@ class _Rows:
     # Damaged scales may be infinite; that is the data, not worth a warning.
     with np.errstate(all="ignore"):
       return self._convert(raw)
+
+
+def _type_name(tensor: StoredTensor) -> str:
+  import gguf
+
+  return gguf.GGMLQuantizationType(tensor.type_id).name
 
 
 def _converter(

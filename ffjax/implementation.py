@@ -23,6 +23,7 @@ from ffjax.errors import RequestError
 from ffjax.model import Llama
 from ffjax.packed import PackedParams
 from ffjax.params import Model
+from ffjax.quantized import Format
 from pallas_kernels import geometry, steps
 from pallas_kernels.plan import Plan, make_plan
 
@@ -349,7 +350,10 @@ def resolve(
 
 
 def wants_packed(
-  name: str, config: LlamaConfig, dtypes: Iterable[np.dtype]
+  name: str,
+  config: LlamaConfig,
+  dtypes: Iterable[np.dtype],
+  formats: Iterable[Format] = (),
 ) -> bool:
   """Returns whether a model that is about to be loaded should be packed.
 
@@ -357,6 +361,7 @@ def wants_packed(
     name: the implementation that will run it.
     config: the model's.
     dtypes: those that its matrices will have.
+    formats: those of its quantised matrices.
 
   Raises:
     RequestError: if the name is `"fused"`, and it cannot run here or not with
@@ -364,7 +369,7 @@ def wants_packed(
   """
   if resolve(name).name != "fused":
     return False
-  reason = packing.why_not(config, dtypes)
+  reason = packing.why_not(config, dtypes, formats)
   if name == "fused" and reason is not None:
     raise RequestError(f"implementation={name!r} cannot run: {reason}")
   return reason is None

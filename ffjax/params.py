@@ -203,22 +203,25 @@ def checked_dtype(dtype: Any) -> np.dtype:
 
 
 def matrix_formats(
-  config: LlamaConfig, format_name: str, head_format: str | None = None
+  config: LlamaConfig, format_name: str | None, head_format: str | None = None
 ) -> dict[tuple[str, ...], Format]:
   """Returns the format of every matrix of a quantised model, by its path.
 
   Args:
     config: the model.
     format_name: a key of `ffjax.quantized.FORMATS`, for the layers' matrices.
-    head_format: likewise, of 8-bit integers, for embedding and LM head; None if
-      they are not quantised.
+    head_format: likewise, of 8-bit integers, for embedding and LM head. None
+      for either if they are not quantised, but not for both.
 
   Raises:
     RequestError: if there is no such format, or a matrix is not made of whole
       groups.
   """
-  of_layers = checked_format(format_name)
+  # None for both is refused as no name of a format.
   of_head = None if head_format is None else checked_format(head_format)
+  of_layers = None
+  if format_name is not None or of_head is None:
+    of_layers = checked_format(format_name)
   if of_head is not None and (of_head.bits != 8 or of_head.is_float):
     raise RequestError(
       f"head_format={head_format!r} is not supported (supported:"
@@ -266,10 +269,8 @@ def random_model(
   """
   dtype = checked_dtype(dtype)
   formats = {}
-  if format_name is not None:
+  if format_name is not None or head_format is not None:
     formats = matrix_formats(config, format_name, head_format)
-  elif head_format is not None:
-    raise RequestError(f"head_format={head_format!r} needs a format_name")
   bits = sum(
     math.prod(leaf.shape)
     * (formats[leaf.path].bits if leaf.path in formats else 8 * dtype.itemsize)

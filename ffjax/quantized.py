@@ -7,6 +7,7 @@ quantised matrices; down the flow: the reference dequantises them layer by layer
 
 import dataclasses
 import functools
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ import numpy as np
 from flax import struct
 
 from ffjax.errors import RequestError
+
+# Codes are packed by NumPy while files are read and written, else by JAX.
+Codes = TypeVar("Codes", np.ndarray, jax.Array)
 
 GROUP_SIZES = (128, 64, 32)
 # Of a symmetric 4-bit code, which is 0 to 15.
@@ -61,7 +65,7 @@ def _table() -> dict[str, Format]:
 FORMATS = _table()
 
 
-def checked_format(name: str) -> Format:
+def checked_format(name: Any) -> Format:
   """Returns the format of that name.
 
   Raises:
@@ -94,11 +98,12 @@ class QuantizedMatrix:
     format: the format; its group size is in stored columns.
   """
 
-  codes: jax.Array
-  scales: jax.Array
-  zeros: jax.Array | None
-  minimums: jax.Array | None
-  columns: jax.Array | None
+  # Any: arrays of JAX or, while they are read, of NumPy, or their shapes.
+  codes: Any
+  scales: Any
+  zeros: Any
+  minimums: Any
+  columns: Any
   format: Format = struct.field(pytree_node=False)
 
   @property
@@ -124,7 +129,8 @@ def dequantize(matrix: QuantizedMatrix) -> jax.Array:
   A weight is scale * (code - zero), or scale * code + minimum. It is exact for
   scales in 16 bits, but for one rounding where there is a minimum.
   """
-  values = _code_values(matrix)
+  codes = unpack_codes(jnp.asarray(matrix.codes), matrix.format)
+  values = code_values(codes, matrix.format)
   grouped = values.reshape(*values.shape[:-1], matrix.scales.shape[-1], -1)
 
   def spread(x: jax.Array) -> jax.Array:
@@ -148,13 +154,30 @@ def dequantize(matrix: QuantizedMatrix) -> jax.Array:
   return jnp.take_along_axis(values, stored_at, axis=-1)
 
 
-def _code_values(matrix: QuantizedMatrix) -> jax.Array:
-  """Returns what the codes stand for, `[..., out, in]` float32."""
-  codes = jnp.asarray(matrix.codes)
-  if matrix.format.bits == 4:
-    pairs = jnp.stack([codes & 15, codes >> 4], axis=-1)
-    return pairs.reshape(*codes.shape[:-1], -1).astype(jnp.float32)
-  dtype = jnp.float8_e4m3fn if matrix.format.is_float else jnp.int8
+def pack_codes(codes: Codes, format: Format) -> Codes:
+  """Returns `QuantizedMatrix.codes` of codes `[..., in]` uint8, a byte each."""
+  if format.bits == 8:
+    return codes
+  return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_codes(codes: Codes, format: Format) -> Codes:
+  """Undoes `pack_codes`."""
+  if format.bits == 8:
+    return codes
+  pairs = [codes & 15, codes >> 4]
+  if isinstance(codes, np.ndarray):
+    joined = np.stack(pairs, axis=-1)
+  else:
+    joined = jnp.stack(pairs, axis=-1)
+  return joined.reshape(*codes.shape[:-1], -1)
+
+
+def code_values(codes: jax.Array, format: Format) -> jax.Array:
+  """Returns what codes `[...]` uint8, a byte each, stand for, as float32."""
+  if format.bits == 4:
+    return codes.astype(jnp.float32)
+  dtype = jnp.float8_e4m3fn if format.is_float else jnp.int8
   return jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
 
 

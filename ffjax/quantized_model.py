@@ -40,6 +40,15 @@ def dequantized(tree: Any, dtype: DType) -> Any:
   return jax.tree.map(plain, tree, is_leaf=is_quantized)
 
 
+def embed(params: Params, token_ids: jax.Array, dtype: DType) -> jax.Array:
+  """Looks up the embeddings `[..., D]` of token ids `[...]`, in `dtype`."""
+  table = params["embed_tokens"]["weight"]
+  if is_quantized(table):
+    found = quantized.dequantize(quantized.rows(table, token_ids))
+    return found.astype(dtype)
+  return table[token_ids].astype(dtype)
+
+
 def hidden_states(
   params: Params,
   config: LlamaConfig,
@@ -49,14 +58,9 @@ def hidden_states(
 ) -> tuple[jax.Array, KVCache]:
   """Does what `Llama.__call__` does; a layer is dequantised in its turn."""
   dtype = cache.k.dtype
-  table = params["embed_tokens"]["weight"]
-  if is_quantized(table):
-    embedded = quantized.dequantize(quantized.rows(table, token_ids))
-  else:
-    embedded = table[token_ids]
   return layerwise.hidden_states(
     config,
-    embedded.astype(dtype),
+    embed(params, token_ids, dtype),
     num_tokens,
     cache,
     params["layers"],

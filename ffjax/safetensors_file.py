@@ -32,13 +32,24 @@ _DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What the parts of a quantised matrix may have beside those.
+_QUANTIZED_DTYPES = {
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "I8": np.dtype(np.int8),
+  "I32": np.dtype(np.int32),
+  "I64": np.dtype(np.int64),
+}
 
 
-def open_directory(directory: pathlib.Path) -> list[TensorEntry]:
+def open_directory(
+  directory: pathlib.Path, quantized: bool = False
+) -> list[TensorEntry]:
   """Lists the tensors of a Hugging Face checkpoint directory.
 
   Args:
     directory: holds `model.safetensors`, or an index and its shards.
+    quantized: whether there may be tensors that are parts of quantised
+      matrices.
 
   Returns:
     One entry for each tensor; names are unique.
@@ -51,9 +62,9 @@ def open_directory(directory: pathlib.Path) -> list[TensorEntry]:
   index = directory / INDEX_NAME
   # A broken link, as in a pruned hub cache, is named when it is opened.
   if os.path.lexists(single):
-    return open_file(single)
+    return open_file(single, quantized)
   if os.path.lexists(index):
-    return _open_index(index)
+    return _open_index(index, quantized)
   others = sorted(
     path.name
     for pattern in ("*.bin", "*.pth", "*.pt", "*.safetensors", "*.gguf")
@@ -66,14 +77,15 @@ def open_directory(directory: pathlib.Path) -> list[TensorEntry]:
   )
 
 
-def open_file(path: pathlib.Path) -> list[TensorEntry]:
-  """Lists the tensors of one safetensors file.
+def open_file(path: pathlib.Path, quantized: bool = False) -> list[TensorEntry]:
+  """Lists the tensors of one safetensors file; see `open_directory`.
 
   Raises:
     CheckpointError: naming the file, and the tensor if it is one tensor's
-      fault, if it cannot be read, is truncated, or has a dtype other than
-      F32, F16 and BF16.
+      fault, if it cannot be read, is truncated, or has a dtype that is not
+      supported.
   """
+  dtypes = {**_DTYPES, **(_QUANTIZED_DTYPES if quantized else {})}
   if not path.is_file():
     raise CheckpointError(f"{path}: no such file")
   try:
@@ -90,12 +102,12 @@ def open_file(path: pathlib.Path) -> list[TensorEntry]:
     ) from e
   entries = []
   for name, (dtype_name, shape) in stated.items():
-    if dtype_name not in _DTYPES:
+    if dtype_name not in dtypes:
       raise CheckpointError(
         f"{path}: {name} has dtype {dtype_name} (supported:"
-        f" {', '.join(_DTYPES)})"
+        f" {', '.join(dtypes)})"
       )
-    dtype = _DTYPES[dtype_name]
+    dtype = dtypes[dtype_name]
     start, stop = header[name]["data_offsets"]
     if stop - start != math.prod(shape) * dtype.itemsize:
       raise CheckpointError(f"{path}: {name} has a size its shape does not")
@@ -106,6 +118,7 @@ def open_file(path: pathlib.Path) -> list[TensorEntry]:
         dtype=dtype,
         path=path,
         read=_reader(path, name, dtype, shape, data_start + start),
+        stored_as=dtype_name,
       )
     )
   return entries
@@ -151,7 +164,7 @@ def _reader(
   return read
 
 
-def _open_index(index: pathlib.Path) -> list[TensorEntry]:
+def _open_index(index: pathlib.Path, quantized: bool) -> list[TensorEntry]:
   weight_map = json_file.read_object(index, CheckpointError).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise CheckpointError(f"{index}: weight_map must be a non-empty object")
@@ -174,7 +187,7 @@ def _open_index(index: pathlib.Path) -> list[TensorEntry]:
     )
   entries: list[TensorEntry] = []
   for shard, names in sorted(names_by_shard.items()):
-    in_shard = open_file(index.parent / shard)
+    in_shard = open_file(index.parent / shard, quantized)
     found = {entry.name for entry in in_shard}
     for name in sorted(names ^ found):
       where = (

@@ -1,0 +1,149 @@
+"""What quantising costs: bits per byte of held-out text for each format.
+
+  python -m bench.quality --checkpoint=checkpoints/tiny_llama \
+    --output=bench/results/cpu/quality/tiny_llama.json
+
+The text's beginning is scored; GPTQ calibrates with its end, or with what the
+model writes itself. Weights of the reference, on any machine.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import app
+from absl import flags as absl_flags
+
+import ffjax
+from bench import environment, flags, harness
+from ffjax import checkpoint, scoring
+from ffjax.errors import RequestError
+from ffjax.params import Model
+from ffjax.quantized import FORMATS
+
+_CHECKPOINT = absl_flags.DEFINE_string(
+  "checkpoint", "checkpoints/tiny_llama", "Directory or .gguf file."
+)
+_TEXT = absl_flags.DEFINE_string(
+  "text", "checkpoints/tiny_llama/heldout.txt", "Text that is scored."
+)
+_BYTES = absl_flags.DEFINE_integer(
+  "bytes", 32_000, "How much of the text's beginning.", lower_bound=1
+)
+_WINDOW = absl_flags.DEFINE_integer("window", 512, "Tokens seen together.")
+_SEQUENCES = absl_flags.DEFINE_integer(
+  "sequences", 4, "Sequences of 128 tokens that GPTQ calibrates with."
+)
+_ONLY = absl_flags.DEFINE_list("only", list(FORMATS), "Formats to try.")
+
+_SEQUENCE_TOKENS = 128
+# More than this, in bits per byte, would be a fault and no rounding.
+_MOST_LOST = 0.2
+
+
+def _texts(text: str, num_bytes: int) -> list[str]:
+  """Returns the beginning, whole lines, as documents of about 2,000 bytes."""
+  found, size = [""], 0
+  for line in text.splitlines(keepends=True):
+    size += len(line.encode())
+    if size > num_bytes:
+      break
+    if len(found[-1]) > 2000:
+      found.append("")
+    found[-1] += line
+  return found
+
+
+def _calibration(model: Model, text: str, scored: int) -> list[list[int]]:
+  """Returns the end of a text as sequences of tokens."""
+  count = _SEQUENCES.value * _SEQUENCE_TOKENS
+  assert model.tokenizer is not None
+  # No token is longer than 16 bytes on average.
+  end = text.encode()[max(scored, len(text.encode()) - 16 * count) :]
+  ids = model.tokenizer.encode(end.decode(errors="ignore"))[-count:]
+  if len(ids) < count:
+    raise app.UsageError(f"--text has no {count} tokens after --bytes")
+  starts = range(0, count, _SEQUENCE_TOKENS)
+  return [ids[start : start + _SEQUENCE_TOKENS] for start in starts]
+
+
+def _variants(
+  model: Model, calibration: list[list[int]]
+) -> Iterator[tuple[str, Model]]:
+  """Quantises the model in one way after another."""
+  for name in _ONLY.value:
+    try:
+      yield name, ffjax.quantize(model, name)
+    except RequestError as e:  # Its columns are no whole groups.
+      print(e)
+      continue
+    if FORMATS[name].bits == 4:
+      made = ffjax.quantize(model, name, method="gptq", calibration=calibration)
+      yield f"{name}, GPTQ", made
+      made = ffjax.quantize(model, name, method="gptq")
+      yield f"{name}, GPTQ on its own text", made
+    elif name == "int8":
+      made = ffjax.quantize(model, name, head_format="int8")
+      yield "int8, embedding and LM head too", made
+
+
+def main(argv: list[str]) -> None:
+  """Quantises, scores, prints and writes."""
+  commit = flags.commit(argv)
+  text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")
+  texts = _texts(text, _BYTES.value)
+
+  def score(model: Model) -> float:
+    return scoring.bits_per_byte(model, texts, _WINDOW.value)
+
+  opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
+  baseline = score(opened.load("float32", keep_quantized=False))
+  model = opened.load("bfloat16", keep_quantized=False)
+  measured: list[harness.Measurement] = []
+
+  def measure(name: str, scored: Model) -> None:
+    bits = score(scored)
+    jax.clear_caches()  # Every variant compiles anew; keep none of them.
+    print(f"{name}: {bits:.4f}", flush=True)
+    check = harness.Check(
+      against="the model in float32",
+      metrics=dict(more_bits_per_byte=bits - baseline),
+      limits=dict(more_bits_per_byte=_MOST_LOST),
+    )
+    details: dict[str, Any] = dict(
+      formats=sorted(format.name for format in scored.formats)
+    )
+    measured.append(
+      harness.Measurement(
+        name=name,
+        unit="bits/byte",
+        samples=[bits],
+        warm_ups=0,
+        check=check,
+        clocks={},
+        bytes_per_step=scored.weight_bytes_per_step(),
+        details=details,
+      )
+    )
+
+  measure("bfloat16", model)
+  own = opened.load("bfloat16", keep_quantized=True)
+  if own.formats:
+    measure("the file's own bits", own)
+  del own
+  calibration = _calibration(model, text, _BYTES.value)
+  for name, made in _variants(model, calibration):
+    measure(name, made)
+  harness.Result(
+    bench="bench.quality",
+    flags=flags.values(_CHECKPOINT, _TEXT, _BYTES, _WINDOW, _SEQUENCES, _ONLY),
+    device=environment.jax_device(),
+    commit=commit,
+    data=dict(scored_bytes=sum(len(x.encode()) for x in texts)),
+    measurements=measured,
+  ).report(flags.OUTPUT.value)
+
+
+if __name__ == "__main__":
+  app.run(main)
