@@ -19,7 +19,6 @@ from pallas_kernels.formats import BF16, ROW_BYTES, Format
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
-  CHUNK_ROWS,
   CHUNK_WIDTH,
   MAX_BATCH,
   SEGMENTS,
@@ -221,9 +220,6 @@ def make_plan(
   """
   schedule = make_schedule(geometry, num_ctas, layer_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
-  # As many bytes of the matrix whose chunks are the smallest.
-  rows = min(m.format.chunk_rows(m.tiles) for m in schedule.matmuls)
-  in_flight = -(-in_flight * CHUNK_ROWS // rows)
   plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(
