@@ -576,21 +576,20 @@ def _run_multiply(
   *sums: np.ndarray,
 ) -> list[np.ndarray]:
   scales, ring, x = refs
-  _, column, *slots = scalars
+  _, slot, column = scalars
   f, tiles = what.format, what.tiles
-  found = [x.copy() for x in sums]
-  for n, slot in enumerate(slots):
-    chunk = run.read(ring, (slot, 0, 0), (1, f.chunk_rows(tiles), 64))
-    shape = (1, f.scale_rows(tiles), ROW_BYTES // 4)
-    entries = run.read(scales, (slot, 0, 0), shape)
-    weights = code_packing.chunk_values(
+  chunk = run.read(ring, (slot, 0, 0), (1, f.chunk_rows(tiles), 64))
+  shape = (1, f.scale_rows(tiles), ROW_BYTES // 4)
+  entries = run.read(scales, (slot, 0, 0), shape)
+  weights = np.asarray(
+    code_packing.chunk_values(
       f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries)
     )
-    at = column if what.of_units else column + n * what.columns
-    for b in range(what.batch):
-      rows = run.read(x, (SEGMENTS * b, at), (SEGMENTS, what.columns))
-      products = np.asarray(weights) @ rows.astype(np.float32).T
-      found[n * what.batch * what.of_units + b] += products
+  )
+  found = []
+  for b, before in enumerate(sums):
+    rows = run.read(x, (SEGMENTS * b, column), (SEGMENTS, what.columns))
+    found.append(before + weights @ rows.astype(np.float32).T)
   return found
 
 

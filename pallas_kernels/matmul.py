@@ -123,19 +123,18 @@ class MatmulPhases(Stream, Activations):
       adds: whether there are sums already.
       matmul: the matrix.
     """
-    if matmul.format.is_packed:
-      self.multiply_codes(i, num_chunks, num_units, adds, matmul)
-    else:
-      fori(
-        0,
-        num_units,
-        lambda u: self.multiply_unit(i + u * num_chunks, num_chunks, u, adds),
-      )
+    fori(
+      0,
+      num_units,
+      lambda u: self._multiply_unit(
+        i + u * num_chunks, num_chunks, u, adds, matmul
+      ),
+    )
     # What each thread has stored is there for all.
     threads.meet()
 
-  def multiply_unit(
-    self, i: Index, num_chunks: int, u: Index, adds: bool
+  def _multiply_unit(
+    self, i: Index, num_chunks: int, u: Index, adds: bool, matmul: Matmul
   ) -> None:
     """Multiplies a unit's next chunks and stores, or adds, to `sums`.
 
@@ -144,80 +143,38 @@ class MatmulPhases(Stream, Activations):
       num_chunks: how many.
       u: the unit's number in its group.
       adds: whether there is a sum already.
+      matmul: the matrix.
     """
-    products = self._products(i, num_chunks)
-    fragments.store_own([products], self.sums, u, adds=adds)
+    if matmul.format.is_packed:
+      products = self._products_of_codes(i, num_chunks, matmul)
+    else:
+      products = [self._products(i, num_chunks)]
+    fragments.store_own(products, self.sums, u, adds=adds)
 
-  def multiply_codes(
-    self,
-    i: Index,
-    num_chunks: int,
-    num_units: Index,
-    adds: bool,
-    matmul: Matmul,
-  ) -> None:
-    """Does what `multiply_unit` does, for all units of a group, with codes."""
-    batch, at_once = self.plan.batch, codes.at_once(self.plan.batch)
+  def _products_of_codes(
+    self, i: Index, num_chunks: int, matmul: Matmul
+  ) -> list[jax.Array]:
+    """Multiplies chunks of codes; returns `[64, 8]` of each sequence."""
     columns = matmul.tiles * CHUNK_COLS
+
+    def step(j: Index, sums: Any) -> Any:
+      sums = codes.multiply(
+        matmul,
+        self.ring,
+        self.scales,
+        self.x,
+        self.arrived(i + j),
+        j * columns,
+        sums,
+      )
+      # Each thread arrives for itself: it has read what it wants of the chunk.
+      self.free(i + j)
+      return sums
+
     zero = plgpu.layout_cast(
       jnp.zeros((TILE, SEGMENTS), F32), plgpu.Layout.WGMMA
     )
-
-    def multiply(slots: list[Index], j: Index, sums: Any) -> Any:
-      return codes.multiply(
-        matmul, self.ring, self.scales, self.x, slots, j * columns, sums
-      )
-
-    def store(sums: Any, u: Index) -> None:
-      fragments.store_own(sums, self.sums, u, adds=adds)
-
-    def pair_of_units(p: Index) -> None:
-      u = at_once * p
-      first = self.arrived(i + u)
-      # If there is no second one, the first takes its place: the rows after it
-      # are nobody's.
-      two = u + 1 < num_units
-
-      @pl.when(two)
-      def _() -> None:
-        self.arrived(i + u + 1)
-
-      second = jnp.where(two, self.slot(i + u + 1), first)
-      sums = multiply([first, second], 0, (zero,) * (2 * batch))
-      self.free(i + u)
-
-      @pl.when(two)
-      def _() -> None:
-        self.free(i + u + 1)
-
-      store(sums[:batch], u)
-      store(sums[batch:], u + 1)
-
-    def unit(u: Index) -> None:
-      begin = i + u * num_chunks
-
-      def some(j: Index, count: int, sums: Any) -> Any:
-        slots = [self.arrived(begin + j + n) for n in range(count)]
-        sums = multiply(slots, j, sums)
-        for n in range(count):
-          self.free(begin + j + n)
-        return sums
-
-      rounds, rest = divmod(num_chunks, at_once)
-      sums = lax.fori_loop(
-        0,
-        rounds,
-        lambda n, sums: some(n * at_once, at_once, sums),
-        (zero,) * batch,
-      )
-      if rest:
-        sums = some(rounds * at_once, rest, sums)
-      store(sums, u)
-
-    if num_chunks == 1 and at_once == 2:
-      fori(0, (num_units + 1) // 2, pair_of_units)
-    else:
-      fori(0, num_units, unit)
+    return list(lax.fori_loop(0, num_chunks, step, (zero,) * self.plan.batch))
 
   def _products(self, i: Index, num_chunks: int) -> jax.Array:
     """Multiplies chunks of bfloat16; returns `[64, 8 B]`."""
