@@ -4,8 +4,9 @@ What `packing` is for bfloat16. Codes come as they are stored, `[..., out, bytes
 uint8; of 4 bits, the first of two columns in the low bits. They become chunks
 `[..., P, n, rows of the ring, 64]`, whose bytes pass for bfloat16, in the order
 that `codes` says; scales become `[..., P, n, rows, 32]` int32, a row of the operand
-after the other. Rows and columns are padded with scales of zero. What packs and
-what unpacks are inverses bit for bit.
+after the other. Rows and columns are padded with scales of zero, or codes of zero
+where a whole row has one scale. What packs and what unpacks are inverses bit for
+bit.
 """
 
 import jax
@@ -67,8 +68,11 @@ def pack_codes(matmul: Matmul, codes: jax.Array) -> jax.Array:
     x = jnp.stack([codes & 15, codes >> 4], axis=-1)
     x = x.reshape(*lead, out, -1)
   else:
-    x = codes if f.is_float else codes ^ _SIGN
+    x = codes
   x = _chunks_of_rows(matmul, x, matmul.cols)
+  if f.bits == 8 and not f.is_float:
+    # After padding: a row's one scale is that of columns of padding too.
+    x = x ^ _SIGN
   k = len(x.shape) - 2
   x = x.reshape(*x.shape[:-2], *_AXES)
   x = _swap_halves(x, k + _SEGMENT, k + _HALF)

@@ -6,7 +6,8 @@ arrays, and bfloat16 rounding happens where the kernel rounds. So a difference
 between the two is one of the kernel's own, and `stop_after` says in which
 phase it begins. Only sums within half a chunk of columns, over segments and
 blocks of columns, or over a tile of keys, and `exp` and `rsqrt`, round as the
-platform likes.
+platform likes; of codes, sums within a whole chunk, whose weights are scaled
+before they are multiplied and not after.
 
 The arithmetic is JAX's, in pieces of one shape whatever the model, so that
 little is compiled; the CTAs are a Python loop. What they exchange is NaN until
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.code_packing import chunk_values
+from pallas_kernels.formats import Format
 from pallas_kernels.geometry import (
   CHUNK_COLS,
   MAX_BATCH,
@@ -183,6 +186,27 @@ def _multiply(chunks: jax.Array, x: jax.Array) -> jax.Array:
   return _dot("ihrsc,ihsbc->ihbrs", weights, x)
 
 
+@functools.partial(jax.jit, static_argnames=("f", "tiles"))
+def _multiply_codes(
+  f: Format, tiles: int, chunks: jax.Array, entries: jax.Array, x: jax.Array
+) -> jax.Array:
+  """Multiplies chunks of codes by their columns `[_, 8, 8, columns]`.
+
+  Args:
+    f: the format.
+    tiles: times 128 columns in a chunk.
+    chunks: `[_, rows of the ring, 64]` bfloat16, in name.
+    entries: `[_, rows, 32]` int32, their scales.
+    x: for each segment and sequence the same columns, bfloat16.
+
+  Returns:
+    `[_, 8, 8, 8]` float32: one product for each sequence, row and segment.
+  """
+  values = jax.vmap(functools.partial(chunk_values, f, tiles))(chunks, entries)
+  weights = values.reshape(-1, UNIT_ROWS, SEGMENTS, tiles * CHUNK_COLS)
+  return _dot("irsc,isbc->ibrs", weights, x)
+
+
 @jax.jit
 def _norm(
   x: jax.Array, gain: jax.Array, inverse_size: jax.Array, eps: jax.Array
@@ -246,22 +270,37 @@ def _merge(ours: _State, theirs: list[_State]) -> _State:
   return top, total, out
 
 
-def _products(chunks: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Multiplies every chunk by the columns that it meets, as `_multiply` does.
+def _products(
+  matmul: Matmul, weights: tuple[np.ndarray, ...], x: np.ndarray
+) -> np.ndarray:
+  """Multiplies every chunk by the columns that it meets.
 
   Args:
-    chunks: `[n, 128, 64]` bfloat16.
-    x: `[m, 2, 8, 8, 64]` bfloat16, of the m chunks of each unit in turn.
+    matmul: the matrix.
+    weights: chunks `[n, ...]`, and if they are codes their scales.
+    x: `[8, 8, m, columns]` bfloat16, by sequence, segment and chunk: of the m
+      chunks of each unit in turn.
+
+  Returns:
+    `[n, pieces, 8, 8, 8]` float32: products of each chunk, in the order in which
+    they are added, for each sequence, row and segment.
   """
+  if matmul.format.is_packed:
+    multiply = functools.partial(_multiply_codes, matmul.format, matmul.tiles)
+    x = x.transpose(2, 1, 0, 3)
+  else:
+    multiply = _multiply
+    x = x.reshape(*x.shape[:3], 2, CHUNK_COLS // 2).transpose(2, 3, 1, 0, 4)
   found = []
-  for i in range(0, len(chunks), _BLOCK):
-    some = chunks[i : i + _BLOCK]
-    # Whole blocks only, so that `_multiply` is compiled once.
-    missing = _BLOCK - len(some)
-    some = np.pad(some, ((0, missing), (0, 0), (0, 0)))
+  for i in range(0, len(weights[0]), _BLOCK):
+    some = [array[i : i + _BLOCK] for array in weights]
+    # Whole blocks only, so that little is compiled.
+    missing = _BLOCK - len(some[0])
+    some = [np.pad(array, ((0, missing), (0, 0), (0, 0))) for array in some]
     meets = x[(i + np.arange(_BLOCK)) % len(x)]
-    found.append(np.asarray(_multiply(some, meets))[: _BLOCK - missing])
-  return np.concatenate(found)
+    found.append(np.asarray(multiply(*some, meets))[: _BLOCK - missing])
+  products = np.concatenate(found)
+  return products.reshape(len(products), -1, *products.shape[-3:])
 
 
 def _sent(x: Any) -> np.ndarray:
@@ -340,30 +379,27 @@ class _Step:
 
   def run_phase(self, layer: int, phase: int) -> None:
     """Runs a phase on all CTAs, after everything before it has run."""
-    ops, schedule = self._ops, self._plan.schedule
+    schedule = self._plan.schedule
     before, between = self._residual
     if phase == QKV:
       x, scale = self._normed(before, 2 * layer)
-      packed = ops["w_qkv"][layer]
-      self._matmul(schedule.qkv, packed, x, self._finish_qkv, scale)
+      self._matmul(schedule.qkv, layer, x, self._finish_qkv, scale)
     elif phase == ATTENTION:
       self._attention(layer)
     elif phase == O_PROJ:
       x = self._attended.astype(_BF16)
       finish = functools.partial(self._finish_residual, before, between)
-      self._matmul(schedule.o, ops["w_o"][layer], x, finish)
+      self._matmul(schedule.o, layer, x, finish)
     elif phase == GATE_UP:
       x, scale = self._normed(between, 2 * layer + 1)
-      packed = ops["w_gate_up"][layer]
-      self._matmul(schedule.gate_up, packed, x, self._finish_gate_up, scale)
+      self._matmul(schedule.gate_up, layer, x, self._finish_gate_up, scale)
     elif phase == DOWN:
       x = self._hidden.astype(_BF16)
       finish = functools.partial(self._finish_residual, between, before)
-      self._matmul(schedule.down, ops["w_down"][layer], x, finish)
+      self._matmul(schedule.down, layer, x, finish)
     elif phase == LM_HEAD:
       x, scale = self._normed(before, 2 * self._num_layers)
-      packed = ops["w_lm_head"]
-      self._matmul(schedule.lm_head, packed, x, self._finish_lm_head, scale)
+      self._matmul(schedule.lm_head, None, x, self._finish_lm_head, scale)
       self._choose()
 
   def _embed(self) -> None:
@@ -388,10 +424,18 @@ class _Step:
     )
     return [np.asarray(y) for y in found]
 
+  def _weights(
+    self, matmul: Matmul, layer: int | None
+  ) -> tuple[np.ndarray, ...]:
+    """Returns a matrix's chunks `[P, n, ...]`, and scales if there are any."""
+    kinds = "ws" if matmul.format.is_packed else "w"
+    arrays = tuple(self._ops[f"{kind}_{matmul.name}"] for kind in kinds)
+    return arrays if layer is None else tuple(x[layer] for x in arrays)
+
   def _matmul(
     self,
     matmul: Matmul,
-    packed: np.ndarray,
+    layer: int | None,
     x: np.ndarray,
     finish: Callable[[int, np.ndarray], None],
     scale: np.ndarray | float = 1.0,
@@ -400,7 +444,7 @@ class _Step:
 
     Args:
       matmul: the matrix.
-      packed: `[P, n, 128, 64]` bfloat16.
+      layer: whose it is, or None if it is no layer's.
       x: `[8, columns]` bfloat16; columns of padding may be missing.
       finish: takes the first row of a CTA's units and their sums `[8, rows]`
         float32.
@@ -413,16 +457,17 @@ class _Step:
     if units != list(range(matmul.num_units)):
       raise ValueError(f"{matmul.name}: units that somebody has are {units}")
     x = np.pad(x, ((0, 0), (0, matmul.cols - x.shape[1])))
-    x = x.reshape(MAX_BATCH, SEGMENTS, per_unit, 2, CHUNK_COLS // 2)
-    x = x.transpose(2, 3, 1, 0, 4)
+    x = x.reshape(MAX_BATCH, SEGMENTS, per_unit, -1)
+    weights = self._weights(matmul, layer)
     for cta, (first, count) in enumerate(runs):
       if not count:
         continue
-      products = _products(packed[cta, : count * per_unit], x)
+      own = tuple(array[cta, : count * per_unit] for array in weights)
+      products = _products(matmul, own, x)
       # Chunks in their order, then segments.
-      products = products.reshape(count, 2 * per_unit, *products.shape[2:])
+      products = products.reshape(count, -1, *products.shape[2:])
       sums = np.zeros_like(products[:, 0])
-      for n in range(2 * per_unit):
+      for n in range(products.shape[1]):
         sums = sums + products[:, n]
       sums = np.moveaxis(sums.sum(-1), 0, 1).reshape(MAX_BATCH, -1)
       finish(first * UNIT_ROWS, sums * np.float32(scale))

@@ -13,7 +13,7 @@ if interpreter.missing() is not None:
 from interpreted_step import TINY, WIDE, Case, check
 
 # Each kind of code, of scale, and of what is beside it.
-_FORMATS = {
+FORMATS = {
   "int4_g128": Format(4, group=128),
   "int4_g64": Format(4, group=64, scale="float16"),
   "int4_g32_asym": Format(4, group=32, beside="zero"),
@@ -33,16 +33,14 @@ _LONG = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("name", _FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_step(name):
-  check(
-    Case(TINY, 3, 64, (5,), layer_format=_FORMATS[name]), detect_races=False
-  )
+  check(Case(TINY, 3, 64, (5,), layer_format=FORMATS[name]), detect_races=False)
 
 
 @pytest.mark.parametrize("name", ["int4_g128", "int4_g32_asym", "fp8"])
 def test_long_rows(name):
   check(
-    Case(_LONG, 5, 64, (5, 9), (True, True), layer_format=_FORMATS[name]),
+    Case(_LONG, 5, 64, (5, 9), (True, True), layer_format=FORMATS[name]),
     detect_races=False,
   )
