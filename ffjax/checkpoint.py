@@ -39,7 +39,7 @@ from ffjax import (
 from ffjax.config import LlamaConfig
 from ffjax.errors import CheckpointError, ConfigError, TokenizerError
 from ffjax.params import Leaf, Model
-from ffjax.quantized import Format, QuantizedMatrix
+from ffjax.quantized import QuantizedMatrix
 from ffjax.tensor_entry import TensorEntry
 
 # Rows are read, checked and sent to the device in blocks of about this size.
@@ -97,20 +97,24 @@ class Checkpoint:
   tokenizer: text.Tokenizer | None
   entries: list[TensorEntry]
 
-  def matrix_types(
+  def shapes(
     self, dtype: Any = None, keep_quantized: bool | None = None
-  ) -> tuple[set[np.dtype], set[Format]]:
-    """Returns dtypes and formats of the matrices that `load` would give."""
-    plan = self._plan(dtype, keep_quantized)
-    dtypes = {
-      kind
-      for leaf, _, kind in plan
-      if isinstance(kind, np.dtype) and len(leaf.tensor_shape) == 2
+  ) -> Model:
+    """Returns what `load` would give as shapes and dtypes."""
+    tree = {
+      leaf.path: jax.ShapeDtypeStruct(leaf.shape, kind)
+      if isinstance(kind, np.dtype)
+      else kind
+      for leaf, _, kind in self._plan(dtype, keep_quantized)
     }
-    formats = {
-      kind.format for _, _, kind in plan if isinstance(kind, QuantizedMatrix)
-    }
-    return dtypes, formats
+    return self._model(tree)
+
+  def _model(self, tree: dict[tuple[str, ...], Any]) -> Model:
+    return Model(
+      params=flax.traverse_util.unflatten_dict(tree),
+      config=self.config,
+      tokenizer=self.tokenizer,
+    )
 
   def load(
     self,
@@ -138,11 +142,7 @@ class Checkpoint:
       else _load_leaf(leaf, parts, kind, advance)
       for leaf, parts, kind in plan
     }
-    return Model(
-      params=flax.traverse_util.unflatten_dict(tree),
-      config=self.config,
-      tokenizer=self.tokenizer,
-    )
+    return self._model(tree)
 
   def _plan(
     self, dtype: Any, keep_quantized: bool | None

@@ -160,10 +160,8 @@ def _run() -> None:
     raise RequestError(f"{path}: there is no tokenizer for text")
   prompt = _prompt_ids(shown, tokenizer)
   prompts_lib.check_lengths(opened.config, [prompt], _MAX_NEW_TOKENS.value)
-  dtypes, formats = opened.matrix_types(_DTYPE.value, _KEEP_QUANTIZED.value)
-  pack = implementation.wants_packed(
-    _IMPLEMENTATION.value, opened.config, dtypes, formats
-  )
+  shapes = opened.shapes(_DTYPE.value, _KEEP_QUANTIZED.value)
+  pack = implementation.wants_packed(_IMPLEMENTATION.value, shapes)
 
   model = opened.load(
     dtype=_DTYPE.value,

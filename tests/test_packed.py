@@ -427,10 +427,9 @@ def test_models_that_are_refused(make_config, hopper, fields, dtype, message):
   with pytest.raises(RequestError, match=f"'fused' cannot run: .*{message}"):
     decode.generate(model, [1], 1, implementation="fused")
   assert implementation.resolve("auto", model).name == "reference"
-  dtypes = model.matrix_dtypes
-  assert not implementation.wants_packed("auto", config, dtypes)
+  assert not implementation.wants_packed("auto", model)
   with pytest.raises(RequestError, match=f"'fused' cannot run: .*{message}"):
-    implementation.wants_packed("fused", config, dtypes)
+    implementation.wants_packed("fused", model)
 
 
 def test_numbers_of_ctas(make_config, monkeypatch):
