@@ -59,7 +59,9 @@ def why_not_model(model: Model) -> str | None:
       if name in packed.LAYER_GROUPS:
         found[packed.chunk_format_of(leaf)] = leaf
       elif isinstance(leaf, QuantizedMatrix):
-        return f"the kernel does not take {'.'.join(path)} as {leaf.format.name}"
+        return (
+          f"the kernel does not take {'.'.join(path)} as {leaf.format.name}"
+        )
       if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
         return (
           f"the kernel does not take the order of columns of {'.'.join(path)}"

@@ -24,13 +24,13 @@ _FORMAT = flags.DEFINE_enum(
   "format", "int4_g128", list(FORMATS), "Format of the layers' matrices."
 )
 _METHOD = flags.DEFINE_enum(
-  "method", "gptq", quantizing.METHODS, "How weights are rounded."
+  "method", "nearest", quantizing.METHODS, "How weights are rounded."
 )
 _CALIBRATION = flags.DEFINE_string(
   "calibration",
   None,
-  "Text file whose paragraphs GPTQ calibrates with; a few hundred tokens are"
-  " enough. Default: the model writes them itself.",
+  "Text file whose paragraphs GPTQ calibrates with; a few hundred tokens of"
+  " what the model will see are enough.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, DTYPE_NAMES, "Dtype of the rest; default: the file's own."
