@@ -28,6 +28,9 @@ from ffjax.packed import PackedParams
 from ffjax.sampling import Sampling
 
 _DTYPE = absl_flags.DEFINE_string("dtype", "bfloat16", "Dtype of the weights.")
+_FORMAT = absl_flags.DEFINE_string(
+  "format", None, "What the layers' matrices are quantised to, if to anything."
+)
 _IMPLEMENTATION = absl_flags.DEFINE_list(
   "implementation", ["reference"], "To time, in turn."
 )
@@ -38,7 +41,7 @@ _MIN_P = absl_flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
 
 
 def make_models(
-  config: ffjax.LlamaConfig, names: list[str], dtype: str
+  config: ffjax.LlamaConfig, names: list[str], dtype: str, format: str | None
 ) -> tuple[dict[str, ffjax.Model], dict[str, float]]:
   """Makes the model for each implementation, of the same weights.
 
@@ -54,7 +57,7 @@ def make_models(
     made = jax.block_until_ready(make(*args))
     return made, time.perf_counter() - begin
 
-  model, random_s = timed(ffjax.random_model, config, SEED, dtype)
+  model, random_s = timed(ffjax.random_model, config, SEED, dtype, format)
   took = dict(random_s=random_s)
   if "fused" not in names:
     return dict.fromkeys(names, model), took
@@ -63,7 +66,7 @@ def make_models(
   others = [name for name in names if name != "fused"]
   if others:
     try:
-      plain = ffjax.random_model(config, SEED, dtype)
+      plain = ffjax.random_model(config, SEED, dtype, format)
       models |= dict.fromkeys(others, plain)
     except RequestError as e:
       print(f"{', '.join(others)} run on packed weights: {e}")
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> None:
     min_p=_MIN_P.value,
   )
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  models, took = make_models(config, names, _DTYPE.value)
+  models, took = make_models(config, names, _DTYPE.value, _FORMAT.value)
   measurements = []
   for length in flags.prompts():
     measurements += measure(
@@ -139,6 +142,7 @@ def main(argv: list[str]) -> None:
     flags=flags.values(
       *flags.LOOP,
       _DTYPE,
+      _FORMAT,
       _IMPLEMENTATION,
       _TEMPERATURE,
       _TOP_K,

@@ -64,7 +64,7 @@ class PackedParams:
     norms: `[2 L + 1, D']` float32: of each layer before attention and before
       the MLP, then the final one; zeros beyond D.
     norm_dtypes: names of the dtypes that the norms had, as in `NORM_PATHS`.
-    scales: by the name of a field above, of codes, the `[L, P, n, words]` int32
+    scales: by the name of a field above, of codes, the `[L, P, n, rows, 32]` int32
       beside them; see `pallas_kernels.code_packing`. Chunks then have as many
       rows as their codes take.
     format: what the layers' matrices were quantised to, or None.

@@ -205,6 +205,12 @@ def random_matrix(
     format: the format.
     dtype: of the scales.
   """
+  if len(shape) > 2:
+    # One after another: what is random takes more memory than what is made.
+    return jax.lax.map(
+      lambda own: random_matrix(own, shape[1:], format, dtype),
+      jax.random.split(key, shape[0]),
+    )
   *outer, columns = shape
   grouped = (*outer, format.num_groups(columns))
   for_codes, for_scales, for_zeros = jax.random.split(key, 3)
@@ -216,6 +222,11 @@ def random_matrix(
     # Values below 2, so that there is no NaN.
     codes &= 0xBF
     every = (every & 0xBF).view(ml_dtypes.float8_e4m3fn)
+  elif format.bits == 4 and format.symmetric:
+    # Without a code 0, whose opposite there is not, weights have a mean of 0.
+    for low, zero in ((0x0F, 0x08), (0xF0, 0x80)):
+      codes = jnp.where(codes & low == 0, codes | zero, codes)
+    every = every[1:]
   spread = float(np.std(every.astype(np.float32)))
   scales = jax.random.uniform(for_scales, grouped, minval=0.5, maxval=1.5)
   zeros = None

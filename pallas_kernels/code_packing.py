@@ -3,7 +3,7 @@
 What `packing` is for bfloat16. Codes come as they are stored, `[..., out, bytes]`
 uint8; of 4 bits, the first of two columns in the low bits. They become chunks
 `[..., P, n, rows of the ring, 64]`, whose bytes pass for bfloat16, in the order
-that `codes` says; scales become `[..., P, n, words]` int32, a row of the operand
+that `codes` says; scales become `[..., P, n, rows, 32]` int32, a row of the operand
 after the other. Rows and columns are padded with scales of zero. What packs and
 what unpacks are inverses bit for bit.
 """
@@ -15,10 +15,9 @@ from jax import lax
 from pallas_kernels.formats import (
   PIECE_BYTES,
   ROW_BYTES,
-  STEP_COLUMNS,
   Format,
 )
-from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
+from pallas_kernels.geometry import SEGMENTS, TILE, UNIT_ROWS
 from pallas_kernels.schedule import Matmul
 
 _PIECES = ROW_BYTES // PIECE_BYTES
@@ -27,19 +26,29 @@ _ZERO = 0x4300
 _SIGN = 0x80
 
 
-def _split_columns(format: Format) -> tuple[int, ...]:
-  """How a piece's columns split: steps, two halves, 4 threads, 2 neighbours."""
-  return (format.piece_columns // STEP_COLUMNS, 2, 4, 2)
-
-
-# Axes of a chunk: warp, upper or lower rows, row; piece, step, half of its
-# columns, thread, neighbour. And where they go: first the thread, then its bytes.
-_WARP, _LOWER, _ROW, _PIECE, _STEP, _HALF, _THREAD, _NEXT = range(8)
-_FOR_THREADS = (_PIECE, _WARP, _ROW, _THREAD, _STEP)
+# Axes of a chunk: warp, upper or lower rows, segment; tile of 64 columns, half of
+# it, thread, step, half of its columns, neighbour. And where they go: first the
+# piece of 16 bytes and the thread, then its bytes.
+_AXES = (4, 2, 8, -1, 2, 4, 2, 2, 2)
+_WARP, _LOWER, _SEGMENT, _TILE, _HALF, _THREAD, _STEP, _PAIR, _NEXT = range(9)
 _ORDER = {
-  4: (*_FOR_THREADS, _NEXT, _HALF, _LOWER),
-  8: (*_FOR_THREADS, _HALF, _NEXT, _LOWER),
+  4: (
+    *(_TILE, _WARP, _SEGMENT, _THREAD),
+    *(_HALF, _STEP, _NEXT, _PAIR, _LOWER),
+  ),
+  8: (
+    *(_TILE, _HALF, _WARP, _SEGMENT, _THREAD),
+    *(_STEP, _PAIR, _NEXT, _LOWER),
+  ),
 }
+
+
+def _swap_halves(x: jax.Array, segment: int, half: int) -> jax.Array:
+  """Swaps the halves of tiles, of odd segments; an involution."""
+  shape = [1] * x.ndim
+  shape[segment] = SEGMENTS
+  odd = jnp.arange(SEGMENTS, dtype=jnp.int32).reshape(shape) % 2 == 1
+  return jnp.where(odd, jnp.flip(x, half), x)
 
 
 def pack_codes(matmul: Matmul, codes: jax.Array) -> jax.Array:
@@ -61,7 +70,8 @@ def pack_codes(matmul: Matmul, codes: jax.Array) -> jax.Array:
     x = codes if f.is_float else codes ^ _SIGN
   x = _chunks_of_rows(matmul, x, matmul.cols)
   k = len(x.shape) - 2
-  x = x.reshape(*x.shape[:-2], 4, 2, 8, -1, *_split_columns(f))
+  x = x.reshape(*x.shape[:-2], *_AXES)
+  x = _swap_halves(x, k + _SEGMENT, k + _HALF)
   x = x.transpose(*range(k), *(k + i for i in _ORDER[f.bits]))
   if f.bits == 4:
     x = x[..., 0] | x[..., 1] << 4
@@ -78,26 +88,25 @@ def unpack_codes(
   """Undoes `pack_codes`, for a matrix `[out, cols]` before padding."""
   f = matmul.format
   x = _collect(matmul, packed, 2)
-  x = _rows_of_chunks(matmul, _chunk_codes(f, matmul.tiles, x))
+  x = _rows_of_chunks(matmul, _chunk_codes(f, x))
   x = x[..., :out, :cols]
   if f.bits == 4:
     return x[..., 0::2] | x[..., 1::2] << 4
   return x if f.is_float else x ^ _SIGN
 
 
-def _chunk_codes(f: Format, tiles: int, x: jax.Array) -> jax.Array:
+def _chunk_codes(f: Format, x: jax.Array) -> jax.Array:
   """From chunks `[..., rows of the ring, 64]` to codes `[..., 64, columns]`."""
   x = lax.bitcast_convert_type(x, jnp.uint8)
   k = x.ndim - 3
   x = _swizzled(x.reshape(*x.shape[:k], -1, _PIECES, PIECE_BYTES))
   if f.bits == 4:
     x = jnp.stack([x & 15, x >> 4], axis=-1)
-  sizes = (4, 2, 8, tiles * CHUNK_COLS // f.piece_columns)
-  sizes += _split_columns(f)
   order = _ORDER[f.bits]
-  x = x.reshape(*x.shape[:k], *(sizes[i] for i in order))
-  back = sorted(range(8), key=lambda i: order[i])
+  x = x.reshape(*x.shape[:k], *(_AXES[i] for i in order))
+  back = sorted(range(len(order)), key=lambda i: order[i])
   x = x.transpose(*range(k), *(k + i for i in back))
+  x = _swap_halves(x, k + _SEGMENT, k + _HALF)
   return x.reshape(*x.shape[:k], TILE, -1)
 
 
@@ -110,9 +119,9 @@ def chunk_values(
     f: the format.
     tiles: times 128 columns in it.
     chunk: `[rows of the ring, 64]` bfloat16, in name.
-    entries: `[words]` int32, its scales.
+    entries: `[rows, 32]` int32, its scales.
   """
-  codes = _chunk_codes(f, tiles, chunk)
+  codes = _chunk_codes(f, chunk)
   if f.is_float:
     values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
     values = values.astype(jnp.float32)
@@ -122,6 +131,7 @@ def chunk_values(
     values = values - float(_SIGN)
   kind = jnp.uint16 if f.entry_bytes == 2 else jnp.uint32
   rows = lax.bitcast_convert_type(entries, kind).reshape(TILE, -1)
+  rows = _swap_spans(f, rows)
   scales, beside = _parts_of_entries(f, rows)
   values = values.reshape(TILE, f.num_spans(tiles), -1)
 
@@ -149,7 +159,7 @@ def pack_scales(
     beside: zeros uint8, or minimums of the scales' dtype, or None.
 
   Returns:
-    `[..., P, n, words]` int32.
+    `[..., P, n, rows, 32]` int32.
   """
   f = matmul.format
   x = _entries(f, scales, beside)
@@ -159,11 +169,12 @@ def pack_scales(
     x = jnp.broadcast_to(x, (*x.shape[:-1], per_row))
   else:
     per_row = matmul.cols // f.group
-  x = _chunks_of_rows(matmul, x, per_row)
+  x = _swap_spans(f, _chunks_of_rows(matmul, x, per_row))
   x = x.reshape(*x.shape[:-2], -1)
   if x.dtype == jnp.uint16:
     x = x.reshape(*x.shape[:-1], -1, 2)
-  return _deal_out(matmul, lax.bitcast_convert_type(x, jnp.int32))
+  x = lax.bitcast_convert_type(x, jnp.int32)
+  return _deal_out(matmul, x.reshape(*x.shape[:-1], -1, ROW_BYTES // 4))
 
 
 def unpack_scales(
@@ -173,9 +184,9 @@ def unpack_scales(
   f = matmul.format
   kind = jnp.uint16 if f.entry_bytes == 2 else jnp.uint32
   x = lax.bitcast_convert_type(packed, kind)
-  x = _collect(matmul, x, 1 if f.entry_bytes == 4 else 2)
-  k = len(packed.shape) - 2
-  x = x.reshape(*x.shape[:k], TILE, -1)
+  x = _collect(matmul, x, 2 if f.entry_bytes == 4 else 3)
+  k = len(packed.shape) - 3
+  x = _swap_spans(f, x.reshape(*x.shape[:k], TILE, -1))
   x = _rows_of_chunks(matmul, x)[..., :out, :]
   x = x[..., :1] if f.group is None else x[..., : cols // f.group]
   return _parts_of_entries(f, x)
@@ -194,6 +205,14 @@ def _parts_of_entries(
   if f.beside == "minimum":
     return scales, lax.bitcast_convert_type(beside, jnp.dtype(f.scale))
   return scales, (beside - _ZERO).astype(jnp.uint8)
+
+
+def _swap_spans(f: Format, x: jax.Array) -> jax.Array:
+  """Swaps `[..., 64, spans]` as the halves of tiles, if spans are that short."""
+  if f.group != TILE // 2:
+    return x
+  halves = x.reshape(*x.shape[:-2], -1, SEGMENTS, x.shape[-1] // 2, 2)
+  return _swap_halves(halves, halves.ndim - 3, halves.ndim - 1).reshape(x.shape)
 
 
 def _entries(
@@ -244,7 +263,7 @@ def _rows_of_chunks(matmul: Matmul, x: jax.Array) -> jax.Array:
 
 def _deal_out(matmul: Matmul, x: jax.Array) -> jax.Array:
   """From `[..., chunks, *rest]` to `[..., P, n, *rest]`."""
-  axis = x.ndim - (2 if x.dtype == jnp.int32 else 3)
+  axis = x.ndim - 3
   total = matmul.num_ctas * matmul.run_chunks
   pad = [(0, 0)] * x.ndim
   pad[axis] = (0, total - x.shape[axis])

@@ -14,7 +14,7 @@ from pallas_kernels.geometry import (
   TILE,
 )
 
-# Columns of the ring's rows, in bytes.
+# A row of the ring's slots, and of scales.
 ROW_BYTES = 128
 # Of a thread's 16 bytes of codes, all of one row or the one 8 below.
 PIECE_BYTES = 16
@@ -82,9 +82,9 @@ class Format:
     """Returns how many scales a row of a chunk has."""
     return tiles * CHUNK_COLS // self.span(tiles)
 
-  def scale_words(self, tiles: int) -> int:
-    """Returns how many int32 the scales of a chunk's 64 rows take."""
-    return TILE * self.num_spans(tiles) * self.entry_bytes // 4
+  def scale_rows(self, tiles: int) -> int:
+    """Returns how many rows of 32 int32 the scales of a chunk take."""
+    return TILE * self.num_spans(tiles) * self.entry_bytes // ROW_BYTES
 
 
 BF16 = Format()

@@ -137,6 +137,9 @@ def store_own(
 ) -> None:
   """Stores, or adds, the products of each row's segment with its own columns.
 
+  Threads are to meet before anybody reads them; what is added to, its thread has
+  stored.
+
   Args:
     products: `[64, 8 B]` float32, or as many `[64, 8]`.
     sums: `[B, more than 64]` float32 in shared memory.
@@ -153,6 +156,7 @@ def store_own(
     [u],
     arrays=products,
     meets_before=False,
+    meets_after=False,
   )
 
 
@@ -312,9 +316,7 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
   ]
 
 
-def _emit_store_own(
-  what: StoreOwn, sums: Any, *args: Any
-) -> list[Any]:
+def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:
   *arrays, u = args
   products = [x for array in arrays for x in array]
   row, col = _place()

@@ -34,6 +34,7 @@ from pallas_kernels import (
   fragments,
   parts,
   patching,
+  threads,
   words,
 )
 from pallas_kernels.formats import ROW_BYTES
@@ -575,19 +576,21 @@ def _run_multiply(
   *sums: np.ndarray,
 ) -> list[np.ndarray]:
   scales, ring, x = refs
-  _, slot, column = scalars
+  _, column, *slots = scalars
   f, tiles = what.format, what.tiles
-  n = f.chunk_rows(tiles)
-  chunk = run.read(ring, (slot, 0, 0), (1, n, ROW_BYTES // 2))
-  entries = run.read(scales, (slot, 0), (1, f.scale_words(tiles)))
-  weights = code_packing.chunk_values(
-    f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries[0])
-  )
-  found = []
-  for b, before in enumerate(sums):
-    rows = run.read(x, (SEGMENTS * b, column), (SEGMENTS, what.columns))
-    products = np.asarray(weights) @ rows.astype(np.float32).T
-    found.append(before + products)
+  found = [x.copy() for x in sums]
+  for n, slot in enumerate(slots):
+    chunk = run.read(ring, (slot, 0, 0), (1, f.chunk_rows(tiles), 64))
+    shape = (1, f.scale_rows(tiles), ROW_BYTES // 4)
+    entries = run.read(scales, (slot, 0, 0), shape)
+    weights = code_packing.chunk_values(
+      f, tiles, jnp.asarray(chunk[0]), jnp.asarray(entries)
+    )
+    at = column if what.of_units else column + n * what.columns
+    for b in range(what.batch):
+      rows = run.read(x, (SEGMENTS * b, at), (SEGMENTS, what.columns))
+      products = np.asarray(weights) @ rows.astype(np.float32).T
+      found[n * what.batch * what.of_units + b] += products
   return found
 
 
@@ -601,6 +604,7 @@ _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   fragments.StoreOwn: _run_store_own,
   fragments.StoreWeights: _run_store_weights,
   codes.MultiplyCodes: _run_multiply,
+  threads.Meet: lambda *_: None,
 }
 
 
@@ -622,7 +626,8 @@ def _run_words(
     (key, tuple(t), *kind)
     for key, t, kind in zip(keys, transforms, kinds, strict=True)
   ]
-  run = _Threads(token, mesh_location, thread, where, source, refs[0])
+  first = refs[0] if refs else None
+  run = _Threads(token, mesh_location, thread, where, source, first)
   results = _PROGRAMS[type(what)](
     what,
     run,

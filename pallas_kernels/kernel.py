@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic, steps, times
 from pallas_kernels.attention import AttentionPhase
+from pallas_kernels.formats import ROW_BYTES
 from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, SWIZZLED, Index, rows_layout
 from pallas_kernels.matmul import MatmulPhases
@@ -186,8 +187,9 @@ def make_step(
   plain = [name for name in arrays if name not in _OPERANDS]
   instead = [arrays.pop(name) for name in INSTEAD_OF_X]
   scales = {}
-  if plan.scale_words:
-    scales["scales"] = plgpu.SMEM((plan.num_slots, plan.scale_words), I32)
+  if plan.scale_rows:
+    shape = (plan.num_slots, plan.scale_rows, ROW_BYTES // 4)
+    scales["scales"] = plgpu.SMEM(shape, I32)
     plain.append("scales")
   scratch: dict[str, Any] = dict(
     ring=plgpu.SMEM(

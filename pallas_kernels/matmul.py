@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import codes, fragments, mosaic, words
+from pallas_kernels import codes, fragments, mosaic, threads, words
 from pallas_kernels.activations import Activations
 from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, Index, Ref, fori
@@ -73,12 +73,8 @@ class MatmulPhases(Stream, Activations):
         num_units = jnp.minimum(count - begin, GROUP_UNITS)
         if num_blocks == 1:
           with self.span("multiply"):
-            fori(
-              0,
-              num_units,
-              lambda u: self.multiply_unit(
-                i + (begin + u) * per_unit, per_unit, u, False, matmul
-              ),
+            self.multiply_units(
+              i + begin * per_unit, per_unit, num_units, False, matmul
             )
         else:
           for block in range(num_blocks):
@@ -108,16 +104,38 @@ class MatmulPhases(Stream, Activations):
     # The stream brings the group's chunks block by block.
     at = i + begin * per_unit + num_units * (block * per_block)
     with self.span("multiply"):
+      self.multiply_units(at, num_chunks, num_units, block > 0, matmul)
+
+  def multiply_units(
+    self,
+    i: Index,
+    num_chunks: int,
+    num_units: Index,
+    adds: bool,
+    matmul: Matmul,
+  ) -> None:
+    """Multiplies the next chunks of a group's units.
+
+    Args:
+      i: index in the stream.
+      num_chunks: how many chunks of each unit.
+      num_units: how many units.
+      adds: whether there are sums already.
+      matmul: the matrix.
+    """
+    if matmul.format.is_packed:
+      self.multiply_codes(i, num_chunks, num_units, adds, matmul)
+    else:
       fori(
         0,
         num_units,
-        lambda u: self.multiply_unit(
-          at + u * num_chunks, num_chunks, u, block > 0, matmul
-        ),
+        lambda u: self.multiply_unit(i + u * num_chunks, num_chunks, u, adds),
       )
+    # What each thread has stored is there for all.
+    threads.meet()
 
   def multiply_unit(
-    self, i: Index, num_chunks: int, u: Index, adds: bool, matmul: Matmul
+    self, i: Index, num_chunks: int, u: Index, adds: bool
   ) -> None:
     """Multiplies a unit's next chunks and stores, or adds, to `sums`.
 
@@ -126,41 +144,80 @@ class MatmulPhases(Stream, Activations):
       num_chunks: how many.
       u: the unit's number in its group.
       adds: whether there is a sum already.
-      matmul: the matrix.
     """
-    if matmul.format.is_packed:
-      products = self._products_of_codes(i, num_chunks, matmul)
-    else:
-      products = [self._products(i, num_chunks)]
-    fragments.store_own(products, self.sums, u, adds=adds)
+    products = self._products(i, num_chunks)
+    fragments.store_own([products], self.sums, u, adds=adds)
 
-  def _products_of_codes(
-    self, i: Index, num_chunks: int, matmul: Matmul
-  ) -> list[jax.Array]:
-    """Multiplies codes; returns `[64, 8]` of each sequence."""
+  def multiply_codes(
+    self,
+    i: Index,
+    num_chunks: int,
+    num_units: Index,
+    adds: bool,
+    matmul: Matmul,
+  ) -> None:
+    """Does what `multiply_unit` does, for all units of a group, with codes."""
+    batch, at_once = self.plan.batch, codes.at_once(self.plan.batch)
     columns = matmul.tiles * CHUNK_COLS
-
-    def step(j: Index, sums: Any) -> Any:
-      sums = codes.multiply(
-        matmul.format,
-        matmul.tiles,
-        self.ring,
-        self.scales,
-        self.x,
-        self.arrived(i + j),
-        j * columns,
-        sums,
-      )
-      # All threads have their codes: the program has made them meet.
-      self.free(i + j)
-      return sums
-
     zero = plgpu.layout_cast(
       jnp.zeros((TILE, SEGMENTS), F32), plgpu.Layout.WGMMA
     )
-    return list(
-      lax.fori_loop(0, num_chunks, step, (zero,) * self.plan.batch)
-    )
+
+    def multiply(slots: list[Index], j: Index, sums: Any) -> Any:
+      return codes.multiply(
+        matmul, self.ring, self.scales, self.x, slots, j * columns, sums
+      )
+
+    def store(sums: Any, u: Index) -> None:
+      fragments.store_own(sums, self.sums, u, adds=adds)
+
+    def pair_of_units(p: Index) -> None:
+      u = at_once * p
+      first = self.arrived(i + u)
+      # If there is no second one, the first takes its place: the rows after it
+      # are nobody's.
+      two = u + 1 < num_units
+
+      @pl.when(two)
+      def _() -> None:
+        self.arrived(i + u + 1)
+
+      second = jnp.where(two, self.slot(i + u + 1), first)
+      sums = multiply([first, second], 0, (zero,) * (2 * batch))
+      self.free(i + u)
+
+      @pl.when(two)
+      def _() -> None:
+        self.free(i + u + 1)
+
+      store(sums[:batch], u)
+      store(sums[batch:], u + 1)
+
+    def unit(u: Index) -> None:
+      begin = i + u * num_chunks
+
+      def some(j: Index, count: int, sums: Any) -> Any:
+        slots = [self.arrived(begin + j + n) for n in range(count)]
+        sums = multiply(slots, j, sums)
+        for n in range(count):
+          self.free(begin + j + n)
+        return sums
+
+      rounds, rest = divmod(num_chunks, at_once)
+      sums = lax.fori_loop(
+        0,
+        rounds,
+        lambda n, sums: some(n * at_once, at_once, sums),
+        (zero,) * batch,
+      )
+      if rest:
+        sums = some(rounds * at_once, rest, sums)
+      store(sums, u)
+
+    if num_chunks == 1 and at_once == 2:
+      fori(0, (num_units + 1) // 2, pair_of_units)
+    else:
+      fori(0, num_units, unit)
 
   def _products(self, i: Index, num_chunks: int) -> jax.Array:
     """Multiplies chunks of bfloat16; returns `[64, 8 B]`."""

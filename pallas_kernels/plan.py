@@ -19,7 +19,6 @@ from pallas_kernels.formats import BF16, ROW_BYTES, Format
 from pallas_kernels.geometry import (
   CHUNK_BYTES,
   CHUNK_COLS,
-  CHUNK_ROWS,
   CHUNK_WIDTH,
   MAX_BATCH,
   SEGMENTS,
@@ -132,11 +131,11 @@ class Plan:
     return -(-matmul.chunks_per_unit // self.num_blocks(matmul))
 
   @property
-  def scale_words(self) -> int:
-    """Words of int32 beside a slot, for scales; a multiple of 16 bytes."""
+  def scale_rows(self) -> int:
+    """Rows of 32 int32 beside a slot, for scales."""
     matmuls = self.schedule.matmuls
     packed = [m for m in matmuls if m.format.is_packed]
-    return max((m.format.scale_words(m.tiles) for m in packed), default=0)
+    return max((m.format.scale_rows(m.tiles) for m in packed), default=0)
 
   @property
   def exchanges(self) -> dict[str, tuple[int, int]]:
@@ -193,9 +192,9 @@ class Plan:
   def num_slots(self) -> int:
     """Slots of the ring: what shared memory leaves."""
     free_bytes = SMEM_BYTES - self.fixed_smem_bytes
-    if self.scale_words:
+    if self.scale_rows:
       free_bytes -= _SMEM_ALIGNMENT_BYTES
-    return free_bytes // (CHUNK_BYTES + 4 * self.scale_words)
+    return free_bytes // (CHUNK_BYTES + ROW_BYTES * self.scale_rows)
 
 
 def make_plan(
@@ -221,9 +220,6 @@ def make_plan(
   """
   schedule = make_schedule(geometry, num_ctas, layer_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
-  # As many bytes of the matrix whose chunks are the smallest.
-  rows = min(m.format.chunk_rows(m.tiles) for m in schedule.matmuls)
-  in_flight = -(-in_flight * CHUNK_ROWS // rows)
   plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(
@@ -263,7 +259,10 @@ def operand_shapes(
 
   scales = {
     f"s_{m.name}": (
-      (n, plan.num_ctas, m.run_chunks, m.format.scale_words(m.tiles)),
+      (
+        *(n, plan.num_ctas, m.run_chunks),
+        *(m.format.scale_rows(m.tiles), ROW_BYTES // 4),
+      ),
       jnp.int32,
     )
     for m in s.matmuls

@@ -21,7 +21,7 @@ class Stream(CtaBase):
 
   def acquire(self, i: Index) -> Index:
     """Waits for the slot of the stream's chunk i and returns it."""
-    slot = lax.rem(i, I32(self.plan.num_slots))
+    slot = self.slot(i)
 
     # A slot is free again once the compute warpgroup has arrived for the
     # chunk that was in it before.
@@ -74,7 +74,7 @@ class Stream(CtaBase):
       i: index in the stream.
       packed: `[P, n, rows of the ring, 64]`.
       matmul: how it is dealt out.
-      scales: `[P, n, words]` int32 of codes, or None.
+      scales: `[P, n, rows, 32]` int32 of codes, or None.
 
     Returns:
       The stream's next index.
@@ -175,9 +175,13 @@ class Stream(CtaBase):
       drain(self.produced, plan.in_flight)
     drain(self.consumed, plan.num_slots)
 
+  def slot(self, i: Index) -> Index:
+    """Returns the slot of the stream's chunk i."""
+    return lax.rem(i, I32(self.plan.num_slots))
+
   def arrived(self, i: Index) -> Index:
     """Waits for the stream's chunk i and returns its slot."""
-    slot = lax.rem(i, I32(self.plan.num_slots))
+    slot = self.slot(i)
     # Both halves of the chunk have arrived.
     with self.span("ring_empty"):
       plgpu.barrier_wait(self.produced.at[slot])
@@ -185,5 +189,5 @@ class Stream(CtaBase):
 
   def free(self, i: Index) -> None:
     """Gives the slot of the stream's chunk i back: it has been read."""
-    slot = lax.rem(i, I32(self.plan.num_slots))
+    slot = self.slot(i)
     plgpu.barrier_arrive(self.consumed.at[slot])

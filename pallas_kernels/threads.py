@@ -6,6 +6,7 @@ arithmetic that holds for numbers and for arrays of them, and `interpreter` runs
 what it means.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,3 +109,13 @@ def run(
   )(program)
   numbers = (jnp.asarray(x, I32) for x in scalars)
   return tuple(call(*refs, *tiled, *arrays, *numbers) or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Meet:
+  """Nothing but threads that wait for each other."""
+
+
+def meet() -> None:
+  """Lets the warpgroup's threads see each other's writes to shared memory."""
+  run(Meet(), lambda what: None, [], [], [], meets_after=False)
