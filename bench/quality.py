@@ -42,7 +42,7 @@ _SEQUENCE_TOKENS = 128
 _MOST_LOST = 0.3
 
 
-def _texts(text: str, num_bytes: int) -> list[str]:
+def texts_of(text: str, num_bytes: int) -> list[str]:
   """Returns the beginning, whole lines, as documents of about 2,000 bytes."""
   found, size = [""], 0
   for line in text.splitlines(keepends=True):
@@ -55,12 +55,24 @@ def _texts(text: str, num_bytes: int) -> list[str]:
   return found
 
 
-def _calibration(model: Model, text: str, scored: int) -> list[list[int]]:
-  """Returns the end of a text as sequences of tokens."""
-  count = _SEQUENCES.value * _SEQUENCE_TOKENS
+def calibration(
+  model: Model, text: str, scored_bytes: int, num_sequences: int
+) -> list[list[int]]:
+  """Returns the end of a text as sequences of tokens.
+
+  Args:
+    model: with the tokenizer.
+    text: the whole text.
+    scored_bytes: how much of its beginning is not for this.
+    num_sequences: how many sequences.
+
+  Raises:
+    UsageError: if the text is too short.
+  """
+  count = num_sequences * _SEQUENCE_TOKENS
   assert model.tokenizer is not None
   # No token is longer than 16 bytes on average.
-  end = text.encode()[max(scored, len(text.encode()) - 16 * count) :]
+  end = text.encode()[max(scored_bytes, len(text.encode()) - 16 * count) :]
   ids = model.tokenizer.encode(end.decode(errors="ignore"))[-count:]
   if len(ids) < count:
     raise app.UsageError(f"--text has no {count} tokens after --bytes")
@@ -69,7 +81,7 @@ def _calibration(model: Model, text: str, scored: int) -> list[list[int]]:
 
 
 def _variants(
-  model: Model, calibration: list[list[int]]
+  model: Model, sequences: list[list[int]]
 ) -> Iterator[tuple[str, Model]]:
   """Quantises the model in one way after another."""
   for name in _ONLY.value:
@@ -79,7 +91,7 @@ def _variants(
       print(e)
       continue
     if FORMATS[name].bits == 4:
-      made = ffjax.quantize(model, name, method="gptq", calibration=calibration)
+      made = ffjax.quantize(model, name, method="gptq", calibration=sequences)
       yield f"{name}, GPTQ", made
     elif name == "int8":
       made = ffjax.quantize(model, name, head_format="int8")
@@ -90,7 +102,7 @@ def main(argv: list[str]) -> None:
   """Quantises, scores, prints and writes."""
   commit = flags.commit(argv)
   text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")
-  texts = _texts(text, _BYTES.value)
+  texts = texts_of(text, _BYTES.value)
 
   def score(model: Model) -> float:
     return scoring.bits_per_byte(model, texts, _WINDOW.value)
@@ -130,8 +142,8 @@ def main(argv: list[str]) -> None:
   if own.formats:
     measure("the file's own bits", own)
   del own
-  calibration = _calibration(model, text, _BYTES.value)
-  for name, made in _variants(model, calibration):
+  sequences = calibration(model, text, _BYTES.value, _SEQUENCES.value)
+  for name, made in _variants(model, sequences):
     measure(name, made)
   harness.Result(
     bench="bench.quality",
