@@ -19,14 +19,12 @@ import ffjax
 from bench import environment, flags, harness
 from ffjax import checkpoint, scoring
 from ffjax.errors import RequestError
+from ffjax.model_flags import CHECKPOINT
 from ffjax.params import Model
 from ffjax.quantized import FORMATS
 
-_CHECKPOINT = absl_flags.DEFINE_string(
-  "checkpoint", "checkpoints/tiny_llama", "Directory or .gguf file."
-)
-_TEXT = absl_flags.DEFINE_string(
-  "text", "checkpoints/tiny_llama/heldout.txt", "Text that is scored."
+_HELDOUT = absl_flags.DEFINE_string(
+  "heldout", "checkpoints/tiny_llama/heldout.txt", "Text that is scored."
 )
 _BYTES = absl_flags.DEFINE_integer(
   "bytes", 32_000, "How much of the text's beginning.", lower_bound=1
@@ -75,7 +73,7 @@ def calibration(
   end = text.encode()[max(scored_bytes, len(text.encode()) - 16 * count) :]
   ids = model.tokenizer.encode(end.decode(errors="ignore"))[-count:]
   if len(ids) < count:
-    raise app.UsageError(f"--text has no {count} tokens after --bytes")
+    raise app.UsageError(f"--heldout has no {count} tokens after --bytes")
   starts = range(0, count, _SEQUENCE_TOKENS)
   return [ids[start : start + _SEQUENCE_TOKENS] for start in starts]
 
@@ -101,13 +99,15 @@ def _variants(
 def main(argv: list[str]) -> None:
   """Quantises, scores, prints and writes."""
   commit = flags.commit(argv)
-  text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")
+  text = pathlib.Path(_HELDOUT.value).read_text(encoding="utf-8")
   texts = texts_of(text, _BYTES.value)
 
   def score(model: Model) -> float:
     return scoring.bits_per_byte(model, texts, _WINDOW.value)
 
-  opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
+  path = CHECKPOINT.value
+  assert path is not None  # A required flag.
+  opened = checkpoint.open_checkpoint(path)
   baseline = score(opened.load("float32", keep_quantized=False))
   model = opened.load("bfloat16", keep_quantized=False)
   measured: list[harness.Measurement] = []
@@ -147,7 +147,9 @@ def main(argv: list[str]) -> None:
     measure(name, made)
   harness.Result(
     bench="bench.quality",
-    flags=flags.values(_CHECKPOINT, _TEXT, _BYTES, _WINDOW, _SEQUENCES, _ONLY),
+    flags=flags.values(
+      CHECKPOINT, _HELDOUT, _BYTES, _WINDOW, _SEQUENCES, _ONLY
+    ),
     device=environment.jax_device(),
     commit=commit,
     data=dict(scored_bytes=sum(len(x.encode()) for x in texts)),
@@ -156,4 +158,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  absl_flags.mark_flag_as_required("checkpoint")
   app.run(main)

@@ -1,6 +1,6 @@
 """Quantises models: `ffjax.quantize`.
 
-Down the flow: `ffjax.quantized` says what the results mean, `ffjax.checkpoint`
+Down the flow: `ffjax.quantized` says what the results mean, `ffjax.saving`
 saves them.
 """
 

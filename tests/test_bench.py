@@ -312,6 +312,7 @@ def test_quality_from_end_to_end(tmp_path):
   path = tmp_path / "quality.json"
   done = _run(
     "bench.quality",
+    "--checkpoint=checkpoints/tiny_llama",
     "--bytes=400",
     "--window=64",
     "--sequences=1",

@@ -21,7 +21,6 @@ from absl.testing import flagsaver
 import ffjax
 import pallas_kernels
 from ffjax import (
-  checkpoint,
   decode,
   device_memory,
   generate,
@@ -350,9 +349,9 @@ def test_save_writes_the_same_files(config, tmp_path, max_shard_bytes):
   model = with_norm_dtypes(
     random_model(config), ("bfloat16", "float32", "bfloat16")
   )
-  checkpoint.save(model, tmp_path / "tree", max_shard_bytes)
+  ffjax.save(model, tmp_path / "tree", max_shard_bytes)
   model = ffjax.pack(model, num_ctas=4)
-  checkpoint.save(model, tmp_path / "packed", max_shard_bytes)
+  ffjax.save(model, tmp_path / "packed", max_shard_bytes)
   names = sorted(path.name for path in (tmp_path / "tree").iterdir())
   assert len(names) > (2 if max_shard_bytes < 10**6 else 1)
   assert names == sorted(x.name for x in (tmp_path / "packed").iterdir())

@@ -332,7 +332,7 @@ def test_command(tmp_path, capsys):
   calibration = tmp_path / "text.txt"
   calibration.write_text("In the beginning.\n\nAnd it was so.\n\n\n")
   output = str(tmp_path / "made")
-  arguments = dict(checkpoint=str(_TINY), output=output, format="int4_g64")
+  arguments = dict(checkpoint=str(_TINY), save_to=output, weights="int4_g64")
   code, out, err = run_main(
     capsys, **arguments, method="gptq", calibration=str(calibration)
   )
@@ -348,10 +348,10 @@ def test_command(tmp_path, capsys):
 
   for changed, message in (
     ({}, "is there already"),
-    ({"output": output + "2", "checkpoint": "nowhere"}, "no such file"),
-    ({"output": output + "2", "calibration": "nowhere"}, "cannot be read"),
+    ({"save_to": output + "2", "checkpoint": "nowhere"}, "no such file"),
+    ({"save_to": output + "2", "calibration": "nowhere"}, "cannot be read"),
     (
-      {"output": output + "2", "calibration": str(calibration)},
+      {"save_to": output + "2", "calibration": str(calibration)},
       "'nearest' takes no calibration",
     ),
   ):
