@@ -28,9 +28,6 @@ from ffjax.packed import PackedParams
 from ffjax.sampling import Sampling
 
 _DTYPE = absl_flags.DEFINE_string("dtype", "bfloat16", "Dtype of the weights.")
-_FORMAT = absl_flags.DEFINE_string(
-  "format", None, "What the layers' matrices are quantised to, if to anything."
-)
 _IMPLEMENTATION = absl_flags.DEFINE_list(
   "implementation", ["reference"], "To time, in turn."
 )
@@ -125,7 +122,7 @@ def main(argv: list[str]) -> None:
     min_p=_MIN_P.value,
   )
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  models, took = make_models(config, names, _DTYPE.value, _FORMAT.value)
+  models, took = make_models(config, names, _DTYPE.value, flags.FORMAT.value)
   measurements = []
   for length in flags.prompts():
     measurements += measure(
@@ -142,7 +139,7 @@ def main(argv: list[str]) -> None:
     flags=flags.values(
       *flags.LOOP,
       _DTYPE,
-      _FORMAT,
+      flags.FORMAT,
       _IMPLEMENTATION,
       _TEMPERATURE,
       _TOP_K,

@@ -10,6 +10,9 @@ from bench.models import ALL
 PRESET = flags.DEFINE_enum("preset", "llama-3.2-1b", list(ALL), "Model.")
 BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 PROMPT = flags.DEFINE_list("prompt", ["32"], "Prompt tokens of each.")
+FORMAT = flags.DEFINE_string(
+  "format", None, "What the layers' matrices are quantised to, if to anything."
+)
 STEPS = flags.DEFINE_integer(
   "steps", 128, "Steps in one timed loop.", lower_bound=1
 )

@@ -61,7 +61,9 @@ def main(argv: list[str]) -> None:
   """Runs, prints, writes and draws."""
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
-  model = ffjax.pack(ffjax.random_model(config, loops.SEED))
+  model = ffjax.pack(
+    ffjax.random_model(config, loops.SEED, format_name=flags.FORMAT.value)
+  )
   batch, position = flags.BATCH.value, _POSITION.value
   capacity = rounded_capacity(position + 1)
   kernels = {
@@ -99,6 +101,7 @@ def main(argv: list[str]) -> None:
     flags=flags.values(
       flags.PRESET,
       flags.BATCH,
+      flags.FORMAT,
       flags.WARM_UPS,
       flags.REPEATS,
       _POSITION,
