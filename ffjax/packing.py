@@ -65,7 +65,7 @@ def why_not_model(model: Model) -> str | None:
       if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
         return (
           f"the kernel does not take the order of columns of {'.'.join(path)}"
-          " (act-order): load the model with dtype='bfloat16'"
+          " (act-order): load the model with keep_quantized=False"
         )
   if len(found) > 1:
     names = sorted(
