@@ -273,8 +273,8 @@ def _unpack_group(
   config: LlamaConfig,
   name: str,
   norm_dtypes: tuple[str, ...],
-  format: Format | None,
-  chunk_format: formats.Format,
+  format: Format | None = None,
+  chunk_format: formats.Format = formats.BF16,
 ) -> tuple[Any, ...]:
   if name == "norms":
     rows = source[:, : config.hidden_size]
