@@ -16,7 +16,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import ffjax
-from bench import environment, flags, harness
+from bench import environment, flags, harness, heldout
 from ffjax import checkpoint, scoring
 from ffjax.errors import RequestError
 from ffjax.model_flags import CHECKPOINT
@@ -35,47 +35,8 @@ _SEQUENCES = absl_flags.DEFINE_integer(
 )
 _ONLY = absl_flags.DEFINE_list("only", list(FORMATS), "Formats to try.")
 
-_SEQUENCE_TOKENS = 128
 # More than this, in bits per byte, would be a fault and no rounding.
 _MOST_LOST = 0.3
-
-
-def texts_of(text: str, num_bytes: int) -> list[str]:
-  """Returns the beginning, whole lines, as documents of about 2,000 bytes."""
-  found, size = [""], 0
-  for line in text.splitlines(keepends=True):
-    size += len(line.encode())
-    if size > num_bytes:
-      break
-    if len(found[-1]) > 2000:
-      found.append("")
-    found[-1] += line
-  return found
-
-
-def calibration(
-  model: Model, text: str, scored_bytes: int, num_sequences: int
-) -> list[list[int]]:
-  """Returns the end of a text as sequences of tokens.
-
-  Args:
-    model: with the tokenizer.
-    text: the whole text.
-    scored_bytes: how much of its beginning is not for this.
-    num_sequences: how many sequences.
-
-  Raises:
-    UsageError: if the text is too short.
-  """
-  count = num_sequences * _SEQUENCE_TOKENS
-  assert model.tokenizer is not None
-  # No token is longer than 16 bytes on average.
-  end = text.encode()[max(scored_bytes, len(text.encode()) - 16 * count) :]
-  ids = model.tokenizer.encode(end.decode(errors="ignore"))[-count:]
-  if len(ids) < count:
-    raise app.UsageError(f"--heldout has no {count} tokens after --bytes")
-  starts = range(0, count, _SEQUENCE_TOKENS)
-  return [ids[start : start + _SEQUENCE_TOKENS] for start in starts]
 
 
 def _variants(
@@ -100,7 +61,7 @@ def main(argv: list[str]) -> None:
   """Quantises, scores, prints and writes."""
   commit = flags.commit(argv)
   text = pathlib.Path(_HELDOUT.value).read_text(encoding="utf-8")
-  texts = texts_of(text, _BYTES.value)
+  texts = heldout.texts_of(text, _BYTES.value)
 
   def score(model: Model) -> float:
     return scoring.bits_per_byte(model, texts, _WINDOW.value)
@@ -142,7 +103,7 @@ def main(argv: list[str]) -> None:
   if own.formats:
     measure("the file's own bits", own)
   del own
-  sequences = calibration(model, text, _BYTES.value, _SEQUENCES.value)
+  sequences = heldout.calibration(model, text, _BYTES.value, _SEQUENCES.value)
   for name, made in _variants(model, sequences):
     measure(name, made)
   harness.Result(

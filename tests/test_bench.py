@@ -20,10 +20,10 @@ from bench import (
   checks,
   environment,
   harness,
+  heldout,
   loops,
   phase_times,
   published,
-  quality,
   trace,
   xla_loops,
   xla_step,
@@ -344,18 +344,18 @@ def test_quality_from_end_to_end(tmp_path):
 def test_quality_calibrates_with_what_it_does_not_score():
   model = ffjax.load(_ROOT / "checkpoints/tiny_llama")
   text = "".join(f"line {i}\n" for i in range(400))
-  scored = quality.texts_of(text, 2500)
+  scored = heldout.texts_of(text, 2500)
   joined = "".join(scored)
   assert len(scored) == 2
   assert text.startswith(joined)
   assert 2490 < len(joined) <= 2500
-  calibration = quality.calibration(model, text, 2500, num_sequences=5)
+  calibration = heldout.calibration(model, text, 2500, num_sequences=5)
   ids = [token_id for row in calibration for token_id in row]
   assert [len(row) for row in calibration] == [128] * 5
   end = model.tokenizer.decode(ids)
   assert text.endswith(end)
   with pytest.raises(app.UsageError, match="no 2048 tokens after"):
-    quality.calibration(model, text, 2500, num_sequences=16)
+    heldout.calibration(model, text, 2500, num_sequences=16)
 
 
 def test_a_file_without_a_commit_is_refused_at_once(tmp_path):
