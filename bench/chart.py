@@ -83,7 +83,11 @@ def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
       if m["unit"] != "ms" or m["details"].get("batch") != 1:
         continue
       group = (result["flags"]["preset"], m["details"]["prompt"])
-      newest.setdefault(group, {})[m["name"]] = m
+      # Weights of few bits are another system.
+      format = result["flags"].get("format")
+      name, *variant = m["name"].split(":")
+      name = f"{name}, {format}" if format else name
+      newest.setdefault(group, {})[":".join([name, *variant])] = m
   drawn = {}
   for group, measurements in sorted(newest.items()):
     fastest: dict[str, dict[str, Any]] = {}
@@ -95,8 +99,10 @@ def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
         fastest[system] = m
     made = [
       Bar(
-        label=_LABELS.get(system, system),
-        kind="ours" if system in _OURS else "in the same run",
+        label=_label(system),
+        kind="ours"
+        if system.partition(", ")[0] in _OURS
+        else "in the same run",
         step_ms=m["median"],
         share=m["share_of_ceiling"],
       )
@@ -105,6 +111,11 @@ def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
     made += _published(device, group, sorted(newest))
     drawn[group] = sorted(made, key=lambda bar: bar.step_ms)
   return drawn
+
+
+def _label(system: str) -> str:
+  name, *format = system.split(", ", 1)
+  return ", ".join([_LABELS.get(name, name), *format])
 
 
 def _published(device: str, group: Group, groups: list[Group]) -> list[Bar]:

@@ -55,6 +55,12 @@ _CHECK = flags.DEFINE_list("check", ["steps", "launches"], f"Of {_CHECKS}.")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Weights; without it they are random, of true shape."
 )
+_FORMAT = flags.DEFINE_string(
+  "format", None, "What random layers are quantised to, if to anything."
+)
+_OWN_BITS = flags.DEFINE_bool(
+  "own_bits", False, "Keep the bits that a checkpoint is quantised to."
+)
 _TEXT = flags.DEFINE_string(
   "text", "checkpoints/tiny_llama/heldout.txt", "What `text` scores."
 )
@@ -392,7 +398,9 @@ _RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
 
 def _run_model(name: str) -> list[Row]:
   if _CHECKPOINT.value is None:
-    model = ffjax.random_model(MODELS[name], seed=0)
+    model = ffjax.random_model(MODELS[name], seed=0, format_name=_FORMAT.value)
+  elif _OWN_BITS.value:
+    model = ffjax.load(_CHECKPOINT.value, keep_quantized=True)
   else:
     model = ffjax.load(_CHECKPOINT.value, dtype="bfloat16")
   model = ffjax.pack(model)
@@ -417,8 +425,11 @@ def _run_in_process(name: str) -> list[Row]:
       *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
       *(f"--tokens={_TOKENS.value}", f"--output={output}"),
     ]
-    if _CHECKPOINT.value is not None:
-      command.append(f"--checkpoint={_CHECKPOINT.value}")
+    command += [
+      f"--{flag.name}={flag.value}"
+      for flag in (_CHECKPOINT, _FORMAT, _OWN_BITS)
+      if flag.value
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not output.exists():
       reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
@@ -456,6 +467,8 @@ def main(argv: list[str]) -> None:
       jax=jax.__version__,
       ffjax=ffjax.__version__,
       weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
+      format=_FORMAT.value,
+      own_bits=_OWN_BITS.value,
       rows=[dataclasses.asdict(row) for row in rows],
     )
     path = pathlib.Path(_OUTPUT.value)

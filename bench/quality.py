@@ -3,8 +3,8 @@
   python -m bench.quality --checkpoint=checkpoints/tiny_llama \
     --output=bench/results/cpu/quality/tiny_llama.json
 
-The text's beginning is scored; GPTQ calibrates with its end, or with what the
-model writes itself. Weights of the reference, on any machine.
+The text's beginning is scored; GPTQ calibrates with its end. The reference runs
+the models, so any machine will do.
 """
 
 import pathlib
@@ -16,17 +16,15 @@ from absl import app
 from absl import flags as absl_flags
 
 import ffjax
-from bench import environment, flags, harness
+from bench import environment, flags, harness, heldout
 from ffjax import checkpoint, scoring
 from ffjax.errors import RequestError
+from ffjax.model_flags import CHECKPOINT
 from ffjax.params import Model
 from ffjax.quantized import FORMATS
 
-_CHECKPOINT = absl_flags.DEFINE_string(
-  "checkpoint", "checkpoints/tiny_llama", "Directory or .gguf file."
-)
-_TEXT = absl_flags.DEFINE_string(
-  "text", "checkpoints/tiny_llama/heldout.txt", "Text that is scored."
+_HELDOUT = absl_flags.DEFINE_string(
+  "heldout", "checkpoints/tiny_llama/heldout.txt", "Text that is scored."
 )
 _BYTES = absl_flags.DEFINE_integer(
   "bytes", 32_000, "How much of the text's beginning.", lower_bound=1
@@ -37,39 +35,12 @@ _SEQUENCES = absl_flags.DEFINE_integer(
 )
 _ONLY = absl_flags.DEFINE_list("only", list(FORMATS), "Formats to try.")
 
-_SEQUENCE_TOKENS = 128
 # More than this, in bits per byte, would be a fault and no rounding.
-_MOST_LOST = 0.2
-
-
-def _texts(text: str, num_bytes: int) -> list[str]:
-  """Returns the beginning, whole lines, as documents of about 2,000 bytes."""
-  found, size = [""], 0
-  for line in text.splitlines(keepends=True):
-    size += len(line.encode())
-    if size > num_bytes:
-      break
-    if len(found[-1]) > 2000:
-      found.append("")
-    found[-1] += line
-  return found
-
-
-def _calibration(model: Model, text: str, scored: int) -> list[list[int]]:
-  """Returns the end of a text as sequences of tokens."""
-  count = _SEQUENCES.value * _SEQUENCE_TOKENS
-  assert model.tokenizer is not None
-  # No token is longer than 16 bytes on average.
-  end = text.encode()[max(scored, len(text.encode()) - 16 * count) :]
-  ids = model.tokenizer.encode(end.decode(errors="ignore"))[-count:]
-  if len(ids) < count:
-    raise app.UsageError(f"--text has no {count} tokens after --bytes")
-  starts = range(0, count, _SEQUENCE_TOKENS)
-  return [ids[start : start + _SEQUENCE_TOKENS] for start in starts]
+_MOST_LOST = 0.3
 
 
 def _variants(
-  model: Model, calibration: list[list[int]]
+  model: Model, sequences: list[list[int]]
 ) -> Iterator[tuple[str, Model]]:
   """Quantises the model in one way after another."""
   for name in _ONLY.value:
@@ -79,10 +50,8 @@ def _variants(
       print(e)
       continue
     if FORMATS[name].bits == 4:
-      made = ffjax.quantize(model, name, method="gptq", calibration=calibration)
+      made = ffjax.quantize(model, name, method="gptq", calibration=sequences)
       yield f"{name}, GPTQ", made
-      made = ffjax.quantize(model, name, method="gptq")
-      yield f"{name}, GPTQ on its own text", made
     elif name == "int8":
       made = ffjax.quantize(model, name, head_format="int8")
       yield "int8, embedding and LM head too", made
@@ -91,13 +60,15 @@ def _variants(
 def main(argv: list[str]) -> None:
   """Quantises, scores, prints and writes."""
   commit = flags.commit(argv)
-  text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")
-  texts = _texts(text, _BYTES.value)
+  text = pathlib.Path(_HELDOUT.value).read_text(encoding="utf-8")
+  texts = heldout.texts_of(text, _BYTES.value)
 
   def score(model: Model) -> float:
     return scoring.bits_per_byte(model, texts, _WINDOW.value)
 
-  opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
+  path = CHECKPOINT.value
+  assert path is not None  # A required flag.
+  opened = checkpoint.open_checkpoint(path)
   baseline = score(opened.load("float32", keep_quantized=False))
   model = opened.load("bfloat16", keep_quantized=False)
   measured: list[harness.Measurement] = []
@@ -132,12 +103,14 @@ def main(argv: list[str]) -> None:
   if own.formats:
     measure("the file's own bits", own)
   del own
-  calibration = _calibration(model, text, _BYTES.value)
-  for name, made in _variants(model, calibration):
+  sequences = heldout.calibration(model, text, _BYTES.value, _SEQUENCES.value)
+  for name, made in _variants(model, sequences):
     measure(name, made)
   harness.Result(
     bench="bench.quality",
-    flags=flags.values(_CHECKPOINT, _TEXT, _BYTES, _WINDOW, _SEQUENCES, _ONLY),
+    flags=flags.values(
+      CHECKPOINT, _HELDOUT, _BYTES, _WINDOW, _SEQUENCES, _ONLY
+    ),
     device=environment.jax_device(),
     commit=commit,
     data=dict(scored_bytes=sum(len(x.encode()) for x in texts)),
@@ -146,4 +119,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  absl_flags.mark_flag_as_required("checkpoint")
   app.run(main)

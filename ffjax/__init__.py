@@ -1,6 +1,6 @@
 """One person's Llama tokens, as fast as the hardware allows, in JAX."""
 
-from ffjax.checkpoint import load, save
+from ffjax.checkpoint import load
 from ffjax.config import LlamaConfig, RopeScaling
 from ffjax.errors import (
   CheckpointError,
@@ -13,6 +13,7 @@ from ffjax.packing import pack, unpack
 from ffjax.params import Model, random_model
 from ffjax.presets import preset
 from ffjax.quantizing import quantize
+from ffjax.saving import save
 from ffjax.version import __version__
 
 __all__ = [

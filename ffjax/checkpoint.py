@@ -1,4 +1,4 @@
-"""Checkpoint files to a `Model` and back.
+"""Checkpoint files to a `Model`; `ffjax.saving` is the way back.
 
 Everything that can be wrong with names, shapes and sizes is found before the
 first weight is read. Tensors are then copied in blocks of rows straight into
@@ -8,7 +8,6 @@ the model (if it is the device) and a block.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -20,26 +19,23 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from ffjax import (
   device_memory,
   gguf_file,
   gguf_tokenizer,
   json_file,
-  packing,
   params,
   quantization_config,
   quantized_file,
   quantized_leaf,
-  quantized_saving,
   safetensors_file,
   text,
 )
 from ffjax.config import LlamaConfig
 from ffjax.errors import CheckpointError, ConfigError, TokenizerError
 from ffjax.params import Leaf, Model
-from ffjax.quantized import Format, QuantizedMatrix
+from ffjax.quantized import QuantizedMatrix
 from ffjax.tensor_entry import TensorEntry
 
 # Rows are read, checked and sent to the device in blocks of about this size.
@@ -97,20 +93,24 @@ class Checkpoint:
   tokenizer: text.Tokenizer | None
   entries: list[TensorEntry]
 
-  def matrix_types(
+  def shapes(
     self, dtype: Any = None, keep_quantized: bool | None = None
-  ) -> tuple[set[np.dtype], set[Format]]:
-    """Returns dtypes and formats of the matrices that `load` would give."""
-    plan = self._plan(dtype, keep_quantized)
-    dtypes = {
-      kind
-      for leaf, _, kind in plan
-      if isinstance(kind, np.dtype) and len(leaf.tensor_shape) == 2
+  ) -> Model:
+    """Returns what `load` would give as shapes and dtypes."""
+    tree = {
+      leaf.path: jax.ShapeDtypeStruct(leaf.shape, kind)
+      if isinstance(kind, np.dtype)
+      else kind
+      for leaf, _, kind in self._plan(dtype, keep_quantized)
     }
-    formats = {
-      kind.format for _, _, kind in plan if isinstance(kind, QuantizedMatrix)
-    }
-    return dtypes, formats
+    return self._model(tree)
+
+  def _model(self, tree: dict[tuple[str, ...], Any]) -> Model:
+    return Model(
+      params=flax.traverse_util.unflatten_dict(tree),
+      config=self.config,
+      tokenizer=self.tokenizer,
+    )
 
   def load(
     self,
@@ -138,11 +138,7 @@ class Checkpoint:
       else _load_leaf(leaf, parts, kind, advance)
       for leaf, parts, kind in plan
     }
-    return Model(
-      params=flax.traverse_util.unflatten_dict(tree),
-      config=self.config,
-      tokenizer=self.tokenizer,
-    )
+    return self._model(tree)
 
   def _plan(
     self, dtype: Any, keep_quantized: bool | None
@@ -168,7 +164,12 @@ class Checkpoint:
     return found
 
 
-def _checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
+def checked_path(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a path that a user has given.
+
+  Raises:
+    CheckpointError: if it is something else.
+  """
   if not isinstance(path, str | os.PathLike):
     raise CheckpointError(f"path must be text, not {type(path).__name__}")
   try:
@@ -186,7 +187,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   Raises:
     CheckpointError, ConfigError, TokenizerError: as `load`.
   """
-  path = _checked_path(path)
+  path = checked_path(path)
   # Not pathlib's tests, which raise for names that cannot exist.
   if os.path.isdir(path):
     raw = json_file.read_object(path / "config.json", ConfigError)
@@ -301,7 +302,8 @@ def _check_tied(head: TensorEntry, embedding: TensorEntry) -> None:
     )
 
 
-def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+  """Returns the float dtype that holds all of several."""
   found = set(map(np.dtype, dtypes))
   # Any two of the three float dtypes fit together in float32 only.
   return found.pop() if len(found) == 1 else np.dtype(np.float32)
@@ -314,7 +316,7 @@ def _own_dtype(parts: list[TensorEntry], dequantized: np.dtype) -> np.dtype:
     parts: its tensors.
     dequantized: dtype of matrices that are dequantised.
   """
-  return _common_dtype(
+  return common_dtype(
     dequantized if part.is_quantized and len(part.shape) == 2 else part.dtype
     for part in parts
   )
@@ -386,122 +388,3 @@ def _converted(
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(array: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice(array, block, tuple(at))
-
-
-def save(
-  model: Model,
-  directory: str | os.PathLike[str],
-  max_shard_bytes: int = 2 * 10**9,
-) -> None:
-  """Saves a model as a Hugging Face directory; `load` gives the same bits.
-
-  Quantised matrices are saved as compressed-tensors has them.
-
-  Args:
-    model: what to save: parameters, config and, if there is one, tokenizer.
-    directory: is made if needed; must not hold a checkpoint yet.
-    max_shard_bytes: a shard is closed before it grows beyond this, unless it
-      is one larger tensor. The host holds one shard at a time.
-
-  Raises:
-    CheckpointError: if the directory holds a checkpoint or cannot be written,
-      or a quantised model is none that compressed-tensors has.
-  """
-  directory = check_unused(directory)
-  config = _saved_config(model)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    _save_tensors(model, directory, max_shard_bytes)
-    if model.tokenizer is not None:
-      model.tokenizer.save(directory)
-    # Last, so that a directory with a config is a whole checkpoint.
-    _write_json(directory / "config.json", config)
-  except (OSError, safetensors.SafetensorError) as e:
-    raise CheckpointError(f"{directory}: cannot be written: {e}") from e
-
-
-def check_unused(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns a directory's path, to save to.
-
-  Raises:
-    CheckpointError: if it holds a checkpoint.
-  """
-  directory = _checked_path(directory)
-  for name in ("config.json", safetensors_file.SINGLE_NAME):
-    if (directory / name).exists():
-      raise CheckpointError(
-        f"{directory / name} is there already; save to another directory"
-      )
-  return directory
-
-
-def _saved_config(model: Model) -> dict[str, Any]:
-  dtype = _common_dtype(
-    model.leaf_dtype(leaf.path) for leaf in params.leaves(model.config)
-  )
-  made = {**model.config.to_dict(), "torch_dtype": dtype.name}
-  quantised = quantized_saving.quantization_config(model)
-  if quantised is not None:
-    made["quantization_config"] = quantised
-  return made
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_tensors(
-  model: Model, directory: pathlib.Path, max_shard_bytes: int
-) -> None:
-  tensors = [
-    (name, leaf, layer)
-    for leaf in params.leaves(model.config)
-    for layer, name in enumerate(leaf.names)
-  ]
-  # Hugging Face's order: by layer, so that a shard holds whole layers.
-  tensors.sort(key=lambda item: (item[1].stacked, item[2]))
-
-  def num_bytes(leaf: Leaf) -> int:
-    return model.leaf_bytes(leaf) // len(leaf.names)
-
-  shards: list[list[tuple[str, Leaf, int]]] = [[]]
-  shard_bytes = 0
-  for item in tensors:
-    size = num_bytes(item[1])
-    if shards[-1] and shard_bytes + size > max_shard_bytes:
-      shards.append([])
-      shard_bytes = 0
-    shards[-1].append(item)
-    shard_bytes += size
-
-  weight_map: dict[str, str] = {}
-  total_bytes = 0
-  for number, shard in enumerate(shards, start=1):
-    file_name = safetensors_file.SINGLE_NAME
-    if len(shards) > 1:
-      file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    host: dict[str, np.ndarray] = {}
-    for name, leaf, layer in shard:
-      tensor = packing.tensor(model, leaf.path, layer)
-      if isinstance(tensor, QuantizedMatrix):
-        host.update(quantized_saving.tensors(name, tensor))
-      else:
-        host[name] = np.asarray(tensor)
-    total_bytes += sum(array.nbytes for array in host.values())
-    unfinished = directory / (file_name + ".unfinished")
-    # transformers refuses files that do not say which framework they are for.
-    safetensors.numpy.save_file(host, unfinished, metadata={"format": "pt"})
-    # The library makes files that only their owner can read.
-    unfinished.chmod(0o666 & ~_umask())
-    unfinished.rename(directory / file_name)
-    weight_map.update(dict.fromkeys(host, file_name))
-  if len(shards) > 1:
-    metadata = {"total_size": total_bytes}
-    index = {"metadata": metadata, "weight_map": weight_map}
-    _write_json(directory / safetensors_file.INDEX_NAME, index)
-
-
-def _umask() -> int:
-  current = os.umask(0)
-  os.umask(current)
-  return current

@@ -16,12 +16,10 @@ from absl import app, flags, logging
 from ffjax import checkpoint, decode, implementation, packing
 from ffjax import prompts as prompts_lib
 from ffjax.errors import FfjaxError, RequestError
-from ffjax.params import DTYPE_NAMES, Model
+from ffjax.model_flags import CHECKPOINT, DTYPE
+from ffjax.params import Model
 from ffjax.text import StreamDecoder, Tokenizer
 
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Hugging Face directory or .gguf file."
-)
 _PROMPT = flags.DEFINE_string(
   "prompt", None, "Text to continue, or '-' for stdin."
 )
@@ -34,9 +32,6 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 )
 _IMPLEMENTATION = flags.DEFINE_enum(
   "implementation", "auto", implementation.NAMES, "What runs the steps."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", None, DTYPE_NAMES, "Dtype of the weights; default: the file's own."
 )
 _KEEP_QUANTIZED = flags.DEFINE_bool(
   "keep_quantized",
@@ -144,7 +139,7 @@ def _run() -> None:
     seed=_SEED.value,
   )
   prompts_lib.check_count("max_new_tokens", _MAX_NEW_TOKENS.value, at_least=1)
-  path = _CHECKPOINT.value
+  path = CHECKPOINT.value
   assert path is not None  # A required flag.
   try:
     jax.devices()
@@ -160,13 +155,11 @@ def _run() -> None:
     raise RequestError(f"{path}: there is no tokenizer for text")
   prompt = _prompt_ids(shown, tokenizer)
   prompts_lib.check_lengths(opened.config, [prompt], _MAX_NEW_TOKENS.value)
-  dtypes, formats = opened.matrix_types(_DTYPE.value, _KEEP_QUANTIZED.value)
-  pack = implementation.wants_packed(
-    _IMPLEMENTATION.value, opened.config, dtypes, formats
-  )
+  shapes = opened.shapes(DTYPE.value, _KEEP_QUANTIZED.value)
+  pack = implementation.wants_packed(_IMPLEMENTATION.value, shapes)
 
   model = opened.load(
-    dtype=_DTYPE.value,
+    dtype=DTYPE.value,
     progress=_ProgressBar("loading", sys.stderr),
     keep_quantized=_KEEP_QUANTIZED.value,
   )

@@ -9,7 +9,7 @@ depends on nothing that is traced.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,12 +18,10 @@ import numpy as np
 
 from ffjax import device_memory, packed, packing, quantized_model, rope
 from ffjax.cache import KVCache
-from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.model import Llama
 from ffjax.packed import PackedParams
 from ffjax.params import Model
-from ffjax.quantized import Format
 from pallas_kernels import geometry, steps
 from pallas_kernels.plan import Plan, make_plan
 
@@ -349,19 +347,12 @@ def resolve(
   return _IMPLEMENTATIONS[name]
 
 
-def wants_packed(
-  name: str,
-  config: LlamaConfig,
-  dtypes: Iterable[np.dtype],
-  formats: Iterable[Format] = (),
-) -> bool:
+def wants_packed(name: str, model: Model) -> bool:
   """Returns whether a model that is about to be loaded should be packed.
 
   Args:
     name: the implementation that will run it.
-    config: the model's.
-    dtypes: those that its matrices will have.
-    formats: those of its quantised matrices.
+    model: what will be loaded; shapes and dtypes are enough.
 
   Raises:
     RequestError: if the name is `"fused"`, and it cannot run here or not with
@@ -369,7 +360,7 @@ def wants_packed(
   """
   if resolve(name).name != "fused":
     return False
-  reason = packing.why_not(config, dtypes, formats)
+  reason = packing.why_not_model(model)
   if name == "fused" and reason is not None:
     raise RequestError(f"implementation={name!r} cannot run: {reason}")
   return reason is None

@@ -65,7 +65,7 @@ def why_not_model(model: Model) -> str | None:
       if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
         return (
           f"the kernel does not take the order of columns of {'.'.join(path)}"
-          " (act-order): load the model with dtype='bfloat16'"
+          " (act-order): load the model with keep_quantized=False"
         )
   if len(found) > 1:
     names = sorted(
@@ -273,8 +273,8 @@ def _unpack_group(
   config: LlamaConfig,
   name: str,
   norm_dtypes: tuple[str, ...],
-  format: Format | None,
-  chunk_format: formats.Format,
+  format: Format | None = None,
+  chunk_format: formats.Format = formats.BF16,
 ) -> tuple[Any, ...]:
   if name == "norms":
     rows = source[:, : config.hidden_size]

@@ -1,7 +1,7 @@
 """Quantises a checkpoint and saves it in the form of compressed-tensors.
 
-  python -m ffjax.quantize_checkpoint --checkpoint=DIR --output=DIR \
-    --format=int4_g128
+  python -m ffjax.quantize_checkpoint --checkpoint=DIR --save_to=DIR \
+    --weights=int4_g128
 
 What is saved, `ffjax.load` and tools that know compressed-tensors read.
 """
@@ -11,29 +11,23 @@ import sys
 
 from absl import app, flags, logging
 
-from ffjax import checkpoint, quantizing
+from ffjax import checkpoint, quantizing, saving
 from ffjax.errors import FfjaxError, RequestError
-from ffjax.params import DTYPE_NAMES
+from ffjax.model_flags import CHECKPOINT, DTYPE
 from ffjax.quantized import FORMATS
 
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Hugging Face directory or .gguf file."
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
-_FORMAT = flags.DEFINE_enum(
-  "format", "int4_g128", list(FORMATS), "Format of the layers' matrices."
+_SAVE_TO = flags.DEFINE_string("save_to", None, "Directory to make.")
+_WEIGHTS = flags.DEFINE_enum(
+  "weights", "int4_g128", list(FORMATS), "Format of the layers' matrices."
 )
 _METHOD = flags.DEFINE_enum(
-  "method", "gptq", quantizing.METHODS, "How weights are rounded."
+  "method", "nearest", quantizing.METHODS, "How weights are rounded."
 )
 _CALIBRATION = flags.DEFINE_string(
   "calibration",
   None,
-  "Text file whose paragraphs GPTQ calibrates with; a few hundred tokens are"
-  " enough. Default: the model writes them itself.",
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", None, DTYPE_NAMES, "Dtype of the rest; default: the file's own."
+  "Text file whose paragraphs GPTQ calibrates with; a few hundred tokens of"
+  " what the model will see are enough.",
 )
 
 
@@ -53,20 +47,20 @@ def main(argv: list[str]) -> int:
   try:
     if len(argv) > 1:
       raise RequestError(f"unexpected argument {argv[1]!r}")
-    path, output = _CHECKPOINT.value, _OUTPUT.value
+    path, output = CHECKPOINT.value, _SAVE_TO.value
     assert path is not None  # Required flags.
     assert output is not None
     # All that can be wrong with the request, before the weights are read.
-    checkpoint.check_unused(output)
+    saving.check_unused(output)
     texts = None
     if _CALIBRATION.value is not None:
       texts = _calibration_texts(_CALIBRATION.value)
-    model = checkpoint.load(path, _DTYPE.value, keep_quantized=False)
+    model = checkpoint.load(path, DTYPE.value, keep_quantized=False)
     before = model.weight_bytes_per_step()
     made = quantizing.quantize(
-      model, _FORMAT.value, method=_METHOD.value, calibration=texts
+      model, _WEIGHTS.value, method=_METHOD.value, calibration=texts
     )
-    checkpoint.save(made, output)
+    saving.save(made, output)
   except FfjaxError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
@@ -76,6 +70,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["checkpoint", "output"])
+  flags.mark_flags_as_required(["checkpoint", "save_to"])
   logging.set_verbosity(logging.WARNING)
   app.run(main)

@@ -1,6 +1,6 @@
 """Quantised matrices as the tensors that compressed-tensors has for them.
 
-Up the flow: `ffjax.checkpoint` saves a model; `ffjax.quantized_file` reads the
+Up the flow: `ffjax.saving` saves a model; `ffjax.quantized_file` reads the
 same tensors back, with the same codes.
 
 Source: the layouts `pack-quantized` and `float-quantized` of the

@@ -1,6 +1,6 @@
 """Quantises models: `ffjax.quantize`.
 
-Down the flow: `ffjax.quantized` says what the results mean, `ffjax.checkpoint`
+Down the flow: `ffjax.quantized` says what the results mean, `ffjax.saving`
 saves them.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ffjax import decode, gptq, prompts, quantized_model, rounding
+from ffjax import gptq, prompts, quantized_model, rounding
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams
@@ -22,10 +22,6 @@ from ffjax.prompts import Prompts
 from ffjax.quantized import Format, QuantizedMatrix
 
 METHODS = ("nearest", "gptq")
-
-# What a model calibrates itself with if nothing is given.
-_OWN_SEQUENCES = 4
-_OWN_TOKENS = 128
 
 Path = tuple[str, ...]
 
@@ -48,8 +44,8 @@ def quantize(
       always rounded to nearest.
     method: `"nearest"` rounds each weight; `"gptq"` rounds so that products with
       a few hundred tokens' activations change least, see `ffjax.gptq`.
-    calibration: those tokens, texts or ids, with `"gptq"`; None lets the model
-      write them itself.
+    calibration: with `"gptq"`, those tokens, texts or ids: of the kind that the
+      model will see.
 
   Returns:
     The quantised model. Scales have the dtype of the matrices they were made
@@ -66,8 +62,9 @@ def quantize(
     raise RequestError(
       f"method={method!r} does not exist (there are: {', '.join(METHODS)})"
     )
-  if calibration is not None and method != "gptq":
-    raise RequestError(f"method={method!r} takes no calibration")
+  if (calibration is not None) != (method == "gptq"):
+    takes = "takes no" if calibration is not None else "needs a"
+    raise RequestError(f"method={method!r} {takes} calibration")
   formats = matrix_formats(model.config, format_name, head_format)
   flat = flax.traverse_util.flatten_dict(model.params)
   for path in formats:
@@ -76,36 +73,16 @@ def quantize(
         f"{'.'.join(path)} is quantised already ({flat[path].format.name})"
       )
   of_layers = {path: x for path, x in formats.items() if path[0] == "layers"}
-  if method == "gptq" and of_layers:
-    tokens = _calibration_tokens(model, calibration)
-    flat.update(_calibrated(model, of_layers, *tokens))
+  if calibration is not None and of_layers:
+    encoded = prompts.encode(model, calibration)
+    prompts.check_lengths(model.config, encoded, 0)
+    flat.update(_calibrated(model, of_layers, *prompts.pad(encoded)))
   for path, format in formats.items():
     if not isinstance(flat[path], QuantizedMatrix):
       flat[path] = rounding.quantize_leaf(flat[path], format)
   return dataclasses.replace(
     model, params=flax.traverse_util.unflatten_dict(flat)
   )
-
-
-def _calibration_tokens(
-  model: Model, calibration: Prompts | None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns token ids `[B, T]` and lengths `[B]`."""
-  config = model.config
-  if calibration is not None:
-    encoded = prompts.encode(model, calibration)
-    prompts.check_lengths(config, encoded, 0)
-    return prompts.pad(encoded)
-  first = config.bos_token_id or 0
-  count = min(_OWN_TOKENS, config.max_position_embeddings - 1)
-  written = decode.generate(
-    model,
-    [[first]] * _OWN_SEQUENCES,
-    count,
-    sampling=decode.Sampling(temperature=1.0),
-    stop_on_eos=False,
-  )
-  return prompts.pad([[first, *ids] for ids in written.token_ids])
 
 
 def _calibrated(

@@ -14,7 +14,15 @@ import ffjax
 import pallas_kernels
 
 _ROOT = pathlib.Path(ffjax.__file__).parents[1]
-_OPTIONAL = ("gguf", "jinja2", "optax", "tokenizers", "torch", "transformers")
+_OPTIONAL = (
+  "compressed_tensors",
+  "gguf",
+  "jinja2",
+  "optax",
+  "tokenizers",
+  "torch",
+  "transformers",
+)
 
 
 def _imported(source):

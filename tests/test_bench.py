@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import app
 
 import ffjax
 from bench import (
@@ -19,6 +20,7 @@ from bench import (
   checks,
   environment,
   harness,
+  heldout,
   loops,
   phase_times,
   published,
@@ -304,6 +306,56 @@ def test_decode_from_end_to_end(tmp_path):
   assert m["details"]["prompt"] == 8
   assert m["details"]["first_call_s"]["loop_s"] > 0
   assert "| reference, prompt 8 |" in done.stdout
+
+
+def test_quality_from_end_to_end(tmp_path):
+  path = tmp_path / "quality.json"
+  done = _run(
+    "bench.quality",
+    "--checkpoint=checkpoints/tiny_llama",
+    "--bytes=400",
+    "--window=64",
+    "--sequences=1",
+    "--only=int8,int4_g128",
+    "--commit=abc",
+    f"--output={path}",
+  )
+  assert done.returncode == 0, done.stderr
+  read = harness.load(path)
+  assert read["data"]["scored_bytes"] <= 400
+  found = {m["name"]: m for m in read["measurements"]}
+  assert list(found) == [
+    "bfloat16",
+    "int8",
+    "int8, embedding and LM head too",
+    "int4_g128",
+    "int4_g128, GPTQ",
+  ]
+  bits = {name: m["median"] for name, m in found.items()}
+  assert 0.5 < bits["bfloat16"] < 4
+  assert abs(bits["int8"] - bits["bfloat16"]) < 0.02
+  assert bits["bfloat16"] < bits["int4_g128"] < bits["bfloat16"] + 0.2
+  sizes = [m["bytes_per_step"] for m in found.values()]
+  assert sizes[0] > sizes[1] > sizes[2] > sizes[3] == sizes[4]
+  for m in found.values():
+    assert m["check"]["passed"]
+
+
+def test_quality_calibrates_with_what_it_does_not_score():
+  model = ffjax.load(_ROOT / "checkpoints/tiny_llama")
+  text = "".join(f"line {i}\n" for i in range(400))
+  scored = heldout.texts_of(text, 2500)
+  joined = "".join(scored)
+  assert len(scored) == 2
+  assert text.startswith(joined)
+  assert 2490 < len(joined) <= 2500
+  calibration = heldout.calibration(model, text, 2500, num_sequences=5)
+  ids = [token_id for row in calibration for token_id in row]
+  assert [len(row) for row in calibration] == [128] * 5
+  end = model.tokenizer.decode(ids)
+  assert text.endswith(end)
+  with pytest.raises(app.UsageError, match="no 2048 tokens after"):
+    heldout.calibration(model, text, 2500, num_sequences=16)
 
 
 def test_a_file_without_a_commit_is_refused_at_once(tmp_path):

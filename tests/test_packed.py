@@ -21,7 +21,6 @@ from absl.testing import flagsaver
 import ffjax
 import pallas_kernels
 from ffjax import (
-  checkpoint,
   decode,
   device_memory,
   generate,
@@ -350,9 +349,9 @@ def test_save_writes_the_same_files(config, tmp_path, max_shard_bytes):
   model = with_norm_dtypes(
     random_model(config), ("bfloat16", "float32", "bfloat16")
   )
-  checkpoint.save(model, tmp_path / "tree", max_shard_bytes)
+  ffjax.save(model, tmp_path / "tree", max_shard_bytes)
   model = ffjax.pack(model, num_ctas=4)
-  checkpoint.save(model, tmp_path / "packed", max_shard_bytes)
+  ffjax.save(model, tmp_path / "packed", max_shard_bytes)
   names = sorted(path.name for path in (tmp_path / "tree").iterdir())
   assert len(names) > (2 if max_shard_bytes < 10**6 else 1)
   assert names == sorted(x.name for x in (tmp_path / "packed").iterdir())
@@ -427,10 +426,9 @@ def test_models_that_are_refused(make_config, hopper, fields, dtype, message):
   with pytest.raises(RequestError, match=f"'fused' cannot run: .*{message}"):
     decode.generate(model, [1], 1, implementation="fused")
   assert implementation.resolve("auto", model).name == "reference"
-  dtypes = model.matrix_dtypes
-  assert not implementation.wants_packed("auto", config, dtypes)
+  assert not implementation.wants_packed("auto", model)
   with pytest.raises(RequestError, match=f"'fused' cannot run: .*{message}"):
-    implementation.wants_packed("fused", config, dtypes)
+    implementation.wants_packed("fused", model)
 
 
 def test_numbers_of_ctas(make_config, monkeypatch):

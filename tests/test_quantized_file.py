@@ -9,6 +9,7 @@ import copy
 import json
 import pathlib
 
+import chex
 import flax.traverse_util
 import gguf
 import jax
@@ -21,7 +22,7 @@ import ffjax
 from ffjax import checkpoint, params, quantized
 from ffjax.config import LlamaConfig
 from ffjax.errors import CheckpointError, ConfigError
-from ffjax.quantized import FORMATS, QuantizedMatrix
+from ffjax.quantized import QuantizedMatrix
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -554,12 +555,14 @@ def test_checkpoint_says_what_it_will_give(tmp_path):
 
   write(tmp_path, _gptq_config(), make)
   opened = checkpoint.open_checkpoint(tmp_path)
-  int4 = {FORMATS["int4_g32"]}
-  assert opened.matrix_types() == ({np.dtype(np.float16)}, int4)
-  assert opened.matrix_types("bfloat16") == ({BF16}, int4)
-  assert opened.matrix_types("bfloat16", False) == ({BF16}, set())
-  float32 = {np.dtype(np.float32), np.dtype(np.float16)}
-  assert opened.matrix_types(None, False) == (float32, set())
+  for arguments in ((), ("bfloat16",), ("bfloat16", False), (None, False)):
+    shapes = opened.shapes(*arguments)
+    model = opened.load(
+      *arguments[:1], keep_quantized=(*arguments, None, None)[1]
+    )
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, model)
+    assert (shapes.dtype, shapes.formats) == (model.dtype, model.formats)
   seen = []
   model = opened.load(progress=lambda *x: seen.append(x))
   assert seen[0][0] == 0

@@ -54,6 +54,22 @@ def test_figures_are_those_of_their_files():
     assert min(matching) < 1e-2
 
 
+def test_bits_per_byte_are_those_of_their_files():
+  (header,) = re.findall(r"^\| \| (bfloat16 .*) \|$", _README, re.M)
+  formats = [name.strip("` ") for name in header.split("|")]
+  for title in ("tiny_llama", "SmolLM2-135M"):
+    (row,) = re.findall(rf"^\| {title} \| (.*) \|$", _README, re.M)
+    name = title.lower().replace("_", "-")
+    path = _ROOT / "bench/results/cpu/quality" / f"{name}.json"
+    result = json.loads(path.read_text())
+    found = {m["name"]: m["median"] for m in result["measurements"]}
+    for format, cell in zip(formats, row.split("|"), strict=True):
+      stated = [float(x) for x in cell.split("/") if x.strip()]
+      names = (format, f"{format}, GPTQ")
+      expected = [found[x] for x in names if x in found]
+      assert stated == pytest.approx(expected, abs=6e-4), (title, format)
+
+
 def test_named_files_exist():
   # The table of modules names files relative to the first one's folder.
   for path in re.findall(r"`([a-z_]+/[a-z_./0-9-]*)`", _README):
@@ -62,4 +78,4 @@ def test_named_files_exist():
 
 
 def test_is_short():
-  assert len(_README.splitlines()) <= 150
+  assert len(_README.splitlines()) <= 175
