@@ -68,22 +68,28 @@ def why_not_model(model: Model) -> str | None:
           " (act-order): load the model with keep_quantized=False"
         )
   if len(found) > 1:
-    names = sorted(
-      f"{getattr(leaf, 'format', None) and leaf.format.name or 'bfloat16'}"
-      f" with {chunk_format.scale} scales"
-      for chunk_format, leaf in found.items()
-    )
+    names = sorted(_name(leaf, f) for f, leaf in found.items())
     return (
       "the kernel takes matrices of one format in all layers, and there are"
       f" {' and '.join(names)}"
     )
-  (chunk_format,) = found
-  if chunk_format.beside is not None and chunk_format.scale == "float32":
-    return (
-      f"the kernel does not take float32 scales with a {chunk_format.beside}"
-      " beside each"
-    )
+  ((chunk_format, leaf),) = found.items()
+  if chunk_format.beside is not None and (
+    chunk_format.scale == "float32" or chunk_format.bits != 4
+  ):
+    return f"the kernel does not take {_name(leaf, chunk_format)}"
   return None
+
+
+def _name(
+  matrix: jax.Array | QuantizedMatrix, chunk_format: formats.Format
+) -> str:
+  """Says how a matrix is stored."""
+  if not isinstance(matrix, QuantizedMatrix):
+    return "bfloat16"
+  beside = chunk_format.beside
+  and_beside = "" if beside is None else f" and a {beside} beside each"
+  return f"{matrix.format.name} with {chunk_format.scale} scales{and_beside}"
 
 
 def pack(model: Model, num_ctas: int | None = None) -> Model:

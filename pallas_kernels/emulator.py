@@ -286,8 +286,10 @@ def _products(
     they are added, for each sequence, row and segment.
   """
   if matmul.format.is_packed:
-    multiply = functools.partial(_multiply_codes, matmul.format, matmul.tiles)
     x = x.transpose(2, 1, 0, 3)
+    multiply: Callable[..., jax.Array] = functools.partial(
+      _multiply_codes, matmul.format, matmul.tiles
+    )
   else:
     multiply = _multiply
     x = x.reshape(*x.shape[:3], 2, CHUNK_COLS // 2).transpose(2, 3, 1, 0, 4)

@@ -1,0 +1,275 @@
+"""Packed models of quantised matrices: the same bits, the same weights."""
+
+import dataclasses
+
+import chex
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_packed import assert_same_bits, copied, on_host
+
+import ffjax
+from ffjax import decode, implementation, packed, packing, params, quantized
+from ffjax.cache import KVCache
+from ffjax.errors import RequestError
+from ffjax.implementation import reference_hidden, reference_logits
+from ffjax.quantized import FORMATS, QuantizedMatrix
+from pallas_kernels.plan import make_plan, operand_shapes
+
+# Rows and columns that do not fill their units and chunks.
+_SIZES = dict(
+  vocab_size=41,
+  hidden_size=384,
+  intermediate_size=1152,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=64,
+)
+_OTHERS = {
+  # As GGUF has them, and a checkpoint of INT8 from PyTorch.
+  "float16 scales": ("int8_g32", "float16", None),
+  "minimums": ("int4_g32_asym", "float16", "minimums"),
+  "float16 zeros": ("int4_g128_asym", "float16", "zeros"),
+  "float32 scales": ("int8", "float32", None),
+}
+_DOWN = ("layers", "mlp", "down_proj", "weight")
+_VALUE = ("layers", "self_attn", "v_proj", "weight")
+
+
+@pytest.fixture
+def config(make_config):
+  return make_config(**_SIZES)
+
+
+def changed(model, change, paths=None):
+  """Returns a model with other quantised matrices, all or those of `paths`."""
+  flat = flax.traverse_util.flatten_dict(model.params)
+  for path, leaf in flat.items():
+    if isinstance(leaf, QuantizedMatrix) and (paths is None or path in paths):
+      flat[path] = change(leaf)
+  return model.replace(params=flax.traverse_util.unflatten_dict(flat))
+
+
+def with_scales(dtype, beside):
+  def change(leaf):
+    scales = leaf.scales.astype(dtype)
+    return dataclasses.replace(
+      leaf,
+      scales=scales,
+      zeros=leaf.zeros if beside == "zeros" else None,
+      minimums=-7.5 * scales if beside == "minimums" else None,
+    )
+
+  return change
+
+
+def quantised(config, name):
+  """Returns a random model, by the name of a format or of `_OTHERS`."""
+  if name in FORMATS:
+    return ffjax.random_model(config, 0, "bfloat16", name)
+  name, dtype, beside = _OTHERS[name]
+  model = ffjax.random_model(config, 0, "bfloat16", name)
+  return changed(model, with_scales(jnp.dtype(dtype), beside))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *_OTHERS])
+def test_unpack_undoes_pack_and_no_byte_more_is_read(config, name):
+  model = quantised(config, name)
+  expected = on_host(copied(model))
+  made = ffjax.pack(model, num_ctas=5)
+  assert all(x.is_deleted() for x in jax.tree.leaves(model.params))
+  assert made.formats == expected.formats
+  assert made.dtype == expected.dtype
+  for batch in (1, 3):
+    assert made.weight_bytes_per_step(batch) == expected.weight_bytes_per_step(
+      batch
+    )
+  for path in flax.traverse_util.flatten_dict(expected.params):
+    assert made.leaf_dtype(path) == expected.leaf_dtype(path)
+  again = ffjax.unpack(made)
+  assert all(x.is_deleted() for x in jax.tree.leaves(made.params))
+  assert_same_bits(again.params, expected.params)
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "int8", "minimums"])
+def test_all_operands_are_what_the_kernel_takes(config, name):
+  made = ffjax.pack(quantised(config, name), num_ctas=3)
+  plan = make_plan(
+    packed.geometry_of(config),
+    2,
+    64,
+    3,
+    layer_format=made.params.chunk_format,
+  )
+  shapes = operand_shapes(plan)
+  operands = made.params.operands()
+  norms = operands.pop("norms")
+  assert norms.size == np.prod(shapes["norms"][0])
+  found = {
+    key if key in shapes else f"w_{key}": (x.shape, x.dtype)
+    for key, x in operands.items()
+  }
+  assert found == {key: shapes[key] for key in found}
+  assert {key for key in shapes if key.startswith(("w_", "s_"))} <= set(found)
+
+
+@pytest.mark.parametrize("name", ["int4_g128_asym", "int8", "fp8", "minimums"])
+def test_reference_reads_the_same_weights(config, name):
+  token_ids = np.asarray([[1, 5, 9, 7], [3, 2, 0, 0]], np.int32)
+  lengths = np.asarray([4, 2], np.int32)
+
+  @jax.jit
+  def run(model):
+    cache = KVCache.create(model.config, 2, 8, "bfloat16")
+    hidden, cache = reference_hidden(model, token_ids, lengths, cache)
+    return reference_logits(model, hidden), cache
+
+  model = quantised(config, name)
+  expected = run(model)
+  found = run(ffjax.pack(model, num_ctas=3))
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+  assert float(jnp.std(expected[0])) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "int8", "minimums"])
+def test_single_tensors_are_those_of_the_tree(config, name):
+  model = quantised(config, name)
+  host = on_host(copied(model))
+  made = ffjax.pack(model, num_ctas=3)
+  for leaf in params.leaves(config):
+    for layer in range(config.num_hidden_layers if leaf.stacked else 1):
+      ours = packing.tensor(made, leaf.path, layer)
+      assert_same_bits(ours, packing.tensor(host, leaf.path, layer))
+
+
+def test_a_packed_quantised_model_decodes(config):
+  model = ffjax.quantize(ffjax.random_model(config, 3), "int4_g128")
+  expected = decode.generate(copied(model), [[1, 2], [3]], 5).token_ids
+  made = ffjax.pack(model, num_ctas=2)
+  found = decode.generate(made, [[1, 2], [3]], 5, implementation="reference")
+  assert found.token_ids == expected
+
+
+# ---- what cannot be packed -------------------------------------------------
+
+
+def _with_head(config):
+  return ffjax.random_model(config, 0, "bfloat16", "int8", "int8")
+
+
+def _with_order(config):
+  def change(leaf):
+    columns = jnp.arange(leaf.shape[-1], dtype=jnp.int32)[::-1]
+    columns = jnp.broadcast_to(columns, (len(leaf.codes), leaf.shape[-1]))
+    return dataclasses.replace(leaf, columns=columns)
+
+  return changed(quantised(config, "int4_g64"), change, [_DOWN])
+
+
+def _with_two_formats(config):
+  model = quantised(config, "int4_g64")
+  other = quantised(config, "int8_g64")
+  flat, others = (
+    flax.traverse_util.flatten_dict(x.params) for x in (model, other)
+  )
+  flat[_VALUE] = others[_VALUE]
+  return model.replace(params=flax.traverse_util.unflatten_dict(flat))
+
+
+def _half_quantised(config):
+  def change(leaf):
+    return quantized.dequantize(leaf).astype("bfloat16")
+
+  return changed(quantised(config, "int4_g64"), change, [_DOWN])
+
+
+def _with_two_dtypes_of_scales(config):
+  change = with_scales(jnp.dtype("float16"), None)
+  return changed(quantised(config, "int8"), change, [_VALUE])
+
+
+def _with_zeros_and_minimums(config):
+  change = with_scales(jnp.dtype("float16"), "zeros")
+  model = changed(quantised(config, "int4_g64_asym"), change)
+  change = with_scales(jnp.dtype("float16"), "minimums")
+  return changed(model, change, [_DOWN])
+
+
+def _with_float32(beside):
+  def make(config):
+    change = with_scales(jnp.dtype("float32"), beside)
+    return changed(quantised(config, "int4_g64_asym"), change)
+
+  return make
+
+
+def _with_zeros_of_8_bits(config):
+  def change(leaf):
+    zeros = jnp.ones(leaf.scales.shape, jnp.uint8)
+    return dataclasses.replace(leaf, zeros=zeros)
+
+  return changed(quantised(config, "int8_g64"), change)
+
+
+_REFUSED = {
+  "head": (_with_head, r"does not take lm_head\.weight as int8"),
+  "act-order": (
+    _with_order,
+    r"order of columns of layers\.mlp\.down_proj\.weight \(act-order\)",
+  ),
+  "two formats": (
+    _with_two_formats,
+    "one format in all layers, and there are int4_g64 with bfloat16 scales and"
+    " int8_g64 with bfloat16 scales",
+  ),
+  "half": (
+    _half_quantised,
+    "there are bfloat16 and int4_g64 with bfloat16 scales",
+  ),
+  "two dtypes of scales": (
+    _with_two_dtypes_of_scales,
+    "there are int8 with bfloat16 scales and int8 with float16 scales",
+  ),
+  "zeros and minimums": (
+    _with_zeros_and_minimums,
+    "a minimum beside each and int4_g64_asym with float16 scales and a zero",
+  ),
+  "float32 zeros": (
+    _with_float32("zeros"),
+    "int4_g64_asym with float32 scales and a zero beside each",
+  ),
+  "float32 minimums": (
+    _with_float32("minimums"),
+    "int4_g64_asym with float32 scales and a minimum beside each",
+  ),
+  "8 bits with zeros": (
+    _with_zeros_of_8_bits,
+    "int8_g64 with bfloat16 scales and a zero beside each",
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("make", "message"), _REFUSED.values(), ids=_REFUSED.keys()
+)
+def test_what_the_kernel_does_not_take(make_config, make, message):
+  model = make(make_config(**{**_SIZES, "num_hidden_layers": 1}))
+  with pytest.raises(RequestError, match=f"cannot be packed: .*{message}"):
+    ffjax.pack(model, num_ctas=4)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
+  # Shapes and dtypes say it, before a checkpoint is read.
+  shapes = jax.eval_shape(lambda: model)
+  assert packing.why_not_model(shapes) == packing.why_not_model(model)
+  assert implementation.resolve("auto", model).name == "reference"
+  # And there is a reference for it.
+  assert decode.generate(model, [[1]], 1).token_ids
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "fp8"])
+def test_what_is_packed_is_not_quantised_again(config, name):
+  made = ffjax.pack(quantised(config, name), num_ctas=2)
+  with pytest.raises(RequestError, match="the model is packed"):
+    ffjax.quantize(made, "int8")
+  assert ffjax.pack(made) is made
