@@ -188,11 +188,15 @@ def _report(folder: pathlib.Path, compile_s: float) -> Report:
       raise RuntimeError(f"{len(found)} times {pattern!r} in:\n{text}")
     return int(found[0])
 
+  # Where registers spill, a warning counts the bytes too.
+  frame = "bytes stack frame, "
   barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
   return Report(
     registers=number(r"Used (\d+) registers", ptxas),
-    spill_store_bytes=number(r"(\d+) bytes spill stores", ptxas),
-    spill_load_bytes=number(r"(\d+) bytes spill loads", ptxas),
+    spill_store_bytes=number(rf"{frame}(\d+) bytes spill stores", ptxas),
+    spill_load_bytes=number(
+      rf"{frame}\d+ bytes spill stores, (\d+) bytes spill loads", ptxas
+    ),
     stack_bytes=number(r"(\d+) bytes stack frame", ptxas),
     smem_bytes=number(r"smem_scratch_bytes=(\d+)", resources)
     + _BARRIER_BYTES * sum(int(n) * int(count) for n, count in barriers),

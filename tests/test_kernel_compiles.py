@@ -17,6 +17,7 @@ from ffjax.cache import KVCache
 from ffjax.packed import PackedParams, geometry_of
 from ffjax.sampling import Sampling
 from pallas_kernels import steps
+from pallas_kernels.formats import Format
 from pallas_kernels.plan import make_plan, operand_shapes
 
 aot = pytest.importorskip("pallas_kernels.aot", exc_type=ImportError)
@@ -79,6 +80,27 @@ def test_compile_time_does_not_grow_with_layers():
 def test_a_kernel_that_counts_its_time_compiles():
   report = aot.compile_step(_plan(3), timed=True)
   assert not report.spills
+
+
+# Of rows as long as 4,096, chunks are as wide as they get.
+@pytest.mark.parametrize(
+  ("layer_format", "batch", "hidden_size"),
+  [
+    (Format(4, group=128), 1, 4096),
+    (Format(4, group=32, scale="float16", beside="zero"), 1, 256),
+    (Format(8, scale="float32"), 1, 256),
+    (Format(8, is_float=True), 1, 256),
+    (Format(4, group=128), 8, 256),
+  ],
+  ids=str,
+)
+def test_no_register_spills_with_codes(layer_format, batch, hidden_size):
+  geometry = geometry_of(dataclasses.replace(_CONFIG, hidden_size=hidden_size))
+  plan = make_plan(
+    geometry, batch, 1024, aot.NUM_SMS, layer_format=layer_format
+  )
+  report = aot.compile_step(plan)
+  assert not report.spills, report
 
 
 _BATCH, _CAPACITY = 2, 1024
@@ -188,6 +210,8 @@ def test_spills_are_seen(tmp_path):
     " Barrier(arrival_count=1, num_barriers=3, orders_tensor_core=False): 1}))"
   )
   (tmp_path / "body_0.ptxas").write_text(
+    "ptxas warning : Registers are spilled to local memory in function 'body',"
+    " 8 bytes spill stores, 4 bytes spill loads\n"
     "ptxas info    : Function properties for body\n"
     "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
     "ptxas info    : Used 255 registers, used 1 barriers\n"
