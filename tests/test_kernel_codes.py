@@ -10,7 +10,7 @@ from pallas_kernels.formats import Format
 if interpreter.missing() is not None:
   pytest.skip(interpreter.missing(), allow_module_level=True)
 
-from interpreted_step import TINY, WIDE, Case, check
+from interpreted_step import TINY, WIDE, Case, check, plan_of
 
 # Each kind of code, of scale, and of what is beside it.
 FORMATS = {
@@ -22,15 +22,17 @@ FORMATS = {
   "int8_g32": Format(8, group=32, scale="float16"),
   "fp8": Format(8, is_float=True),
 }
-# Several chunks in a row, two sequences, heads of 128.
-_LONG = dataclasses.replace(
+# Two sequences, heads of 128.
+_WIDE = dataclasses.replace(
   WIDE,
-  hidden_size=2176,
-  intermediate_size=4224,
+  hidden_size=128,
   num_hidden_layers=1,
   num_attention_heads=2,
   vocab_size=64,
 )
+# Widths of the MLP, whose rows are then several chunks, the last one padded: 5 of
+# 128 columns of each segment of 4 bits, and 3 of 8 bits.
+_LONG = {"int4_g32_asym": 4224, "fp8": 2176}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -38,9 +40,9 @@ def test_step(name):
   check(Case(TINY, 3, 64, (5,), layer_format=FORMATS[name]), detect_races=False)
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int4_g32_asym", "fp8"])
+@pytest.mark.parametrize("name", _LONG)
 def test_long_rows(name):
-  check(
-    Case(_LONG, 5, 64, (5, 9), (True, True), layer_format=FORMATS[name]),
-    detect_races=False,
-  )
+  geometry = dataclasses.replace(_WIDE, intermediate_size=_LONG[name])
+  case = Case(geometry, 5, 64, (5, 9), (True, True), FORMATS[name])
+  assert plan_of(case).schedule.down.chunks_per_unit > 1
+  check(case, detect_races=False)
