@@ -260,7 +260,33 @@ def _pack_group(
   if name in ("lm_head", "embedding"):
     return pack_one(sources)
   # One layer after another: temporary arrays are of one layer.
-  return jax.lax.map(pack_one, sources)
+  if not isinstance(sources[0], QuantizedMatrix):
+    return jax.lax.map(pack_one, sources)
+  return _chunks(jax.lax.map(lambda x: _bits(pack_one(x)), sources))
+
+
+def _bits(tree: Any) -> Any:
+  """Returns chunks as uint16: loops may change codes that are NaNs as bfloat16."""
+  return jax.tree.map(
+    lambda x: (
+      jax.lax.bitcast_convert_type(x, jnp.uint16)
+      if x.dtype == jnp.bfloat16
+      else x
+    ),
+    tree,
+  )
+
+
+def _chunks(tree: Any) -> Any:
+  """Undoes `_bits`."""
+  return jax.tree.map(
+    lambda x: (
+      jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+      if x.dtype == jnp.uint16
+      else x
+    ),
+    tree,
+  )
 
 
 def _pack_norms(
@@ -288,9 +314,15 @@ def _unpack_group(
     return tuple(x.astype(d) for x, d in zip(parts, norm_dtypes, strict=True))
   if name in ("lm_head", "embedding"):
     return packed.unpack_matrices(config, name, source)
+  if format is None:
+    return jax.lax.map(
+      lambda x: packed.unpack_matrices(config, name, x), source
+    )
   return jax.lax.map(
-    lambda x: packed.unpack_matrices(config, name, x, format, chunk_format),
-    source,
+    lambda x: packed.unpack_matrices(
+      config, name, _chunks(x), format, chunk_format
+    ),
+    _bits(source),
   )
 
 

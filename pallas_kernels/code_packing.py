@@ -81,9 +81,10 @@ def pack_codes(matmul: Matmul, codes: jax.Array) -> jax.Array:
     x = x[..., 0] | x[..., 1] << 4
   x = _swizzled(x.reshape(*x.shape[:k], -1, _PIECES, PIECE_BYTES))
   x = lax.bitcast_convert_type(
-    x.reshape(*x.shape[:k], -1, ROW_BYTES // 2, 2), jnp.bfloat16
+    x.reshape(*x.shape[:k], -1, ROW_BYTES // 2, 2), jnp.uint16
   )
-  return _deal_out(matmul, x)
+  # Last of all: XLA may move bfloat16 as float32 and change what are NaNs to it.
+  return lax.bitcast_convert_type(_deal_out(matmul, x), jnp.bfloat16)
 
 
 def unpack_codes(
@@ -91,7 +92,7 @@ def unpack_codes(
 ) -> jax.Array:
   """Undoes `pack_codes`, for a matrix `[out, cols]` before padding."""
   f = matmul.format
-  x = _collect(matmul, packed, 2)
+  x = _collect(matmul, lax.bitcast_convert_type(packed, jnp.uint16), 2)
   x = _rows_of_chunks(matmul, _chunk_codes(f, x))
   x = x[..., :out, :cols]
   if f.bits == 4:
@@ -100,7 +101,7 @@ def unpack_codes(
 
 
 def _chunk_codes(f: Format, x: jax.Array) -> jax.Array:
-  """From chunks `[..., rows of the ring, 64]` to codes `[..., 64, columns]`."""
+  """From chunks `[..., rows, 64]` uint16 to codes `[..., 64, columns]`."""
   x = lax.bitcast_convert_type(x, jnp.uint8)
   k = x.ndim - 3
   x = _swizzled(x.reshape(*x.shape[:k], -1, _PIECES, PIECE_BYTES))
@@ -125,7 +126,7 @@ def chunk_values(
     chunk: `[rows of the ring, 64]` bfloat16, in name.
     entries: `[rows, 32]` int32, its scales.
   """
-  codes = _chunk_codes(f, chunk)
+  codes = _chunk_codes(f, lax.bitcast_convert_type(chunk, jnp.uint16))
   if f.is_float:
     values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
     values = values.astype(jnp.float32)
@@ -271,13 +272,9 @@ def _deal_out(matmul: Matmul, x: jax.Array) -> jax.Array:
   total = matmul.num_ctas * matmul.run_chunks
   pad = [(0, 0)] * x.ndim
   pad[axis] = (0, total - x.shape[axis])
-  # XLA may pad bfloat16 as float32 and change NaNs on the way.
-  bits = lax.bitcast_convert_type(x, jnp.uint16) if x.itemsize == 2 else x
-  bits = jnp.pad(bits, pad)
-  bits = bits.reshape(
+  return jnp.pad(x, pad).reshape(
     *x.shape[:axis], matmul.num_ctas, matmul.run_chunks, *x.shape[axis + 1 :]
   )
-  return lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _collect(matmul: Matmul, x: jax.Array, num_rest: int) -> jax.Array:
