@@ -167,15 +167,15 @@ def _chunks_where(*, waits=True, slots_on=0, frees_first=False, frees_from=0):
 def _products(change):
   """Has other products than there are."""
 
-  def multiply_unit(self, *args):
+  def multiply_units(self, *args):
     def store_own(products, *args, **kwargs):
-      real(change(products), *args, **kwargs)
+      real([change(x) for x in products], *args, **kwargs)
 
     real = fragments.store_own
     with mock.patch.object(fragments, "store_own", store_own):
-      kernel.Cta.multiply_unit(self, *args)
+      kernel.Cta.multiply_units(self, *args)
 
-  return _instead(multiply_unit=multiply_unit)
+  return _instead(multiply_units=multiply_units)
 
 
 def _attend_to(more):
