@@ -149,6 +149,11 @@ def test_all_operands_are_what_the_kernel_takes(config, name):
   assert {key for key in shapes if key.startswith(("w_", "s_"))} <= set(found)
 
 
+# Codes pass for bfloat16 there, and the loops of older XLA change its NaNs. The
+# kernel, which is what models are packed for, needs a newer one anyway.
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="codes in loops need JAX 0.11"
+)
 @pytest.mark.parametrize("name", ["int4_g128_asym", "fp8"])
 def test_reference_reads_the_same_weights(config, name):
   token_ids = np.asarray([[1, 5, 9, 7], [3, 2, 0, 0]], np.int32)
