@@ -18,7 +18,6 @@ from pallas_kernels.geometry import (
   UNIT_ROWS,
 )
 from pallas_kernels.layouts import F32, I32, Index, fori
-from pallas_kernels.plan import WARPS
 from pallas_kernels.schedule import Matmul
 
 
@@ -41,6 +40,8 @@ class Activations(CtaBase):
   ) -> None:
     """Waits for activations and writes a block of their columns to x.
 
+    Commits them: products may follow.
+
     Args:
       name: what is sent, see `Plan.exchanges`.
       matmul: what they are multiplied with.
@@ -53,7 +54,9 @@ class Activations(CtaBase):
     first, row_words = plan.exchanges[name]
     segment = matmul.cols // SEGMENTS
     width = plan.block_chunks(matmul) * matmul.tiles * CHUNK_COLS
-    at_once = words.sequences_at_once(plan.batch, SEGMENTS * width)
+    at_once = words.sequences_at_once(
+      plan.batch, SEGMENTS * width, self.team.num_threads
+    )
 
     def sequences(n: Index) -> None:
       b = n * at_once
@@ -72,13 +75,16 @@ class Activations(CtaBase):
         sequence_bytes=self.sequence_bytes,
         gain=None if norm is None else self.gain(norm, b),
       )
-      words.receive(self.words, stamp, wanted)
+      words.receive(self.team, self.words, stamp, wanted)
 
+    # The products of what was in x have ended, and the sums of squares are used.
+    self.team.meet()
     fori(0, plan.batch // at_once, sequences)
+    self.team.commit()
 
   def gain(self, norm: Index, b: Index) -> Gain:
     """Returns how activations are normed on their way, from sequence b on."""
-    return self.norms, norm, self.squares, b * WARPS
+    return self.norms, norm, self.squares, b * self.plan.num_warps
 
   def _whole(self, matmul: Matmul, valid: int) -> bool:
     """Whether neither the columns nor the last block are padded."""
@@ -89,12 +95,16 @@ class Activations(CtaBase):
     """Returns the factor that a sequence's norm has left to its results."""
     g = self.geometry
     total = F32(0)
-    for warp in range(WARPS):
-      total = total + self.squares[b * WARPS + warp]
+    num_warps = self.plan.num_warps
+    for warp in range(num_warps):
+      total = total + self.squares[b * num_warps + warp]
     return lax.rsqrt(total * F32(1 / g.hidden_size) + F32(g.rms_norm_eps))
 
   def embed(self, norm: Index) -> None:
-    """Writes the tokens' rows to x, and this CTA's part of the residual."""
+    """Writes the tokens' rows to x, and this CTA's part of the residual.
+
+    Commits them: products may follow.
+    """
     lm_head = self.plan.schedule.lm_head
     per_unit = lm_head.chunks_per_unit
     first, _ = self.runs["o"]
@@ -105,6 +115,7 @@ class Activations(CtaBase):
       unit, row = token // UNIT_ROWS, lax.rem(token, I32(UNIT_ROWS))
       owner, local = unit // lm_head.run, lax.rem(unit, I32(lm_head.run))
       embedding.embed(
+        self.team,
         self.embedding,
         (owner * lm_head.run_chunks + local * per_unit) * chunk
         + row * (SEGMENTS * CHUNK_COLS // 2),
@@ -117,3 +128,4 @@ class Activations(CtaBase):
       )
 
     fori(0, self.plan.batch, sequence)
+    self.team.commit()

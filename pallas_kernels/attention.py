@@ -29,6 +29,7 @@ from pallas_kernels.layouts import (
 from pallas_kernels.plan import ATTENTION, MASKED
 from pallas_kernels.schedule import split_of
 from pallas_kernels.stream import Stream
+from pallas_kernels.threads import ALONE
 
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -40,6 +41,8 @@ class AttentionPhase(Stream):
     self, item: Index, i: Index, layer: Index, stamp: Index
   ) -> Index:
     """Attends from one sequence's new token to a part of its keys.
+
+    The first compute warpgroup does; others only count the stream.
 
     Args:
       item: which sequence, KV head and part.
@@ -58,7 +61,7 @@ class AttentionPhase(Stream):
 
     self.phase = ATTENTION
 
-    @pl.when(first < end)
+    @pl.when((first < end) & (self.wg == 0))
     def _() -> None:
       with self.span("fill"):
         self.receive_new(b, head, stamp)
@@ -129,7 +132,9 @@ class AttentionPhase(Stream):
       num_rows=2,
       source_stride=g.num_key_value_heads * head_words,
     )
-    words.receive(self.words, stamp, queries, new)
+    # All have read the last item's queries.
+    ALONE.meet()
+    words.receive(ALONE, self.words, stamp, queries, new)
     # `wgmma` and bulk stores read what has been received.
     plgpu.commit_smem()
 
@@ -184,7 +189,7 @@ class AttentionPhase(Stream):
         @pl.when(n < left)
         def _(tile_slots: list[Index] = tile_slots) -> None:
           for slot in tile_slots:
-            plgpu.barrier_wait(self.produced.at[slot])
+            plgpu.barrier_wait(self.come(slot, 0))
 
     # The new token is not in the cache yet.
     newest = position // TILE
@@ -311,6 +316,7 @@ class AttentionPhase(Stream):
         ),
       )
     words.send(
+      ALONE,
       self.words,
       first + b * row_words + head * (g.group * g.head_dim // 4),
       self.attended,

@@ -103,8 +103,6 @@ def multiply(
     [slot * (scales.shape[1] * ROW_BYTES), slot, column],
     arrays=sums,
     num_results=len(sums),
-    meets_before=False,
-    meets_after=False,
   )
 
 
@@ -269,7 +267,7 @@ def _emit_multiply(
 ) -> list[Any]:
   *sums, slot_byte, slot, column = args
   f = what.format
-  t = mosaic.thread_index()
+  t = mosaic.thread_index(THREADS)
   lane = t % WARP
   segment, part = lane // 4, lane % 4
   row = t // WARP * 16 + segment

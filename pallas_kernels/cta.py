@@ -10,9 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import times
-from pallas_kernels.layouts import I32, Index, Ref
+from pallas_kernels.layouts import I32, Index, Ref, fori
 from pallas_kernels.plan import QKV, Plan
 from pallas_kernels.steps import ACTIVE, CLOCK, POSITIONS, TOKEN_IDS, advance
+from pallas_kernels.threads import Team
 
 
 class CtaBase:
@@ -64,6 +65,7 @@ class CtaBase:
   candidates: Ref
   produced: Ref
   consumed: Ref
+  met: Ref | None = None
 
   # Which phase is being traced.
   phase: int = QKV
@@ -76,6 +78,9 @@ class CtaBase:
     self.geometry = plan.geometry
     vars(self).update(refs)
     self.cta = lax.axis_index("cta")
+    # The compute warpgroups, and which of them this is.
+    self.team = Team(plan.compute_wgs, self.met)
+    self.wg = lax.axis_index("wg") if plan.compute_wgs > 1 else I32(0)
     self.token_ids, self.positions, self.active = (
       self.progress.at[n] for n in (TOKEN_IDS, POSITIONS, ACTIVE)
     )
@@ -124,7 +129,24 @@ class CtaBase:
 
   def span(self, kind: str) -> contextlib.AbstractContextManager[None]:
     """Counts the cycles of what is traced inside, if that is asked for."""
-    return times.span(self.times, self.cta, self.phase, kind)
+    num_threads = self.team.num_threads
+    return times.span(self.times, self.cta, self.phase, kind, num_threads)
+
+  def first_wg(self, body: Callable[[], None]) -> None:
+    """Lets the first compute warpgroup do something by itself."""
+    if self.plan.compute_wgs == 1:
+      body()
+    else:
+      pl.when(self.wg == 0)(body)
+
+  def take_turns(self, count: Index, body: Callable[[Index], None]) -> None:
+    """Calls `body` with the numbers below `count` that are this warpgroup's."""
+    num_wgs = self.plan.compute_wgs
+    if num_wgs == 1:
+      fori(0, count, body)
+      return
+    mine = (count - self.wg + num_wgs - 1) // num_wgs
+    fori(0, mine, lambda n: body(self.wg + n * num_wgs))
 
   def item(self, item: Index) -> tuple[Index, Index, Index]:
     """Returns batch index, KV head and split of an item of attention."""
@@ -136,14 +158,12 @@ class CtaBase:
       lax.rem(item, I32(splits)),
     )
 
-  def for_items(
-    self, body: Callable[[Index, Index], Index], carry: Index
-  ) -> Index:
+  def for_items(self, body: Callable[[Index, Any], Any], carry: Any) -> Any:
     """Folds `body` over this CTA's items of attention."""
     plan = self.plan
     mine = (plan.num_items - self.cta + plan.num_ctas - 1) // plan.num_ctas
 
-    def step(j: Index, carry: Index) -> Index:
+    def step(j: Index, carry: Any) -> Any:
       return body(self.cta + j * plan.num_ctas, carry)
 
     return lax.fori_loop(0, mine, step, carry)

@@ -10,6 +10,7 @@ from pallas_kernels.threads import (
   F32_BYTES,
   PIECE_BYTES,
   PIECE_COLUMNS,
+  Team,
   tiled_byte,
 )
 
@@ -21,10 +22,12 @@ class Embed:
   Attributes:
     unit_chunks: chunks that a row lies in.
     num_columns: how many go to the residual.
+    num_threads: that do it.
   """
 
   unit_chunks: int
   num_columns: int
+  num_threads: int
 
   @property
   def segment(self) -> int:
@@ -61,6 +64,7 @@ class Embed:
 
 
 def embed(
+  team: Team,
   embedding: Ref,
   first: Index,
   x: Ref,
@@ -73,7 +77,10 @@ def embed(
 ) -> None:
   """Looks up a token: x gets its row, and the residual stream a part of it.
 
+  Whoever reads these has to meet the team, or to commit, first.
+
   Args:
+    team: who does it.
     embedding: `[P, n, 128, 64]` bfloat16, packed.
     first: element where the first segment of the token's row begins.
     x: the operand of `wgmma`.
@@ -84,7 +91,7 @@ def embed(
     unit_chunks: see `Embed`.
   """
   norms, norm, squares, square = gain
-  what = Embed(unit_chunks, residual.shape[0])
+  what = Embed(unit_chunks, residual.shape[0], team.num_threads)
   refs = [embedding, norms, squares, residual]
   numbers = [norm, square, first, offset_bytes, start]
   threads.run(what, _emit_embed, refs, [x], numbers)
@@ -109,7 +116,7 @@ def _emit_embed(
     ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
   ]
   operands: list[Any] = []
-  for n, t in enumerate(threads.turns(what.num_pieces)):
+  for n, t in enumerate(threads.turns(what.num_pieces, what.num_threads)):
     element, byte = what.piece(t)
     gain = norm * (what.num_pieces * PIECE_COLUMNS) + t * PIECE_COLUMNS
     k = len(operands)
@@ -126,8 +133,12 @@ def _emit_embed(
       f"st.shared.v4.b32 [${k + 1}], {{{registers}}};",
     ]
   code += [gains.store_squares(0, len(operands)), "}"]
-  mosaic.asm(" ".join(code), *operands, gains.squares_of(squares, square, 0))
-  for t in threads.turns(what.num_columns):
+  mosaic.asm(
+    " ".join(code),
+    *operands,
+    gains.squares_of(squares, square, 0, what.num_threads),
+  )
+  for t in threads.turns(what.num_columns, what.num_threads):
     there, element = what.residual(t, start)
     mosaic.asm(
       "{ .reg .pred p; .reg .b16 h, z; .reg .b32 w; setp.ne.b32 p, $2, 0;"

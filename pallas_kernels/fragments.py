@@ -19,7 +19,13 @@ from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.parts import Part
 from pallas_kernels.plan import MASKED
-from pallas_kernels.threads import F32_BYTES, TILE_BYTES, WARP, tiled_byte
+from pallas_kernels.threads import (
+  F32_BYTES,
+  THREADS,
+  TILE_BYTES,
+  WARP,
+  tiled_byte,
+)
 from pallas_kernels.words import WORD_BYTES
 
 # Values that a thread holds of `[64, 8]`, in two rows.
@@ -89,13 +95,7 @@ def send_part(
     part: how.
   """
   threads.run(
-    SendPart(part),
-    _emit_send,
-    [words],
-    [],
-    [first, stamp],
-    arrays=state,
-    meets_before=False,
+    SendPart(part), _emit_send, [words], [], [first, stamp], arrays=state
   )
 
 
@@ -128,7 +128,6 @@ def merge_parts(
     [first, count, stamp],
     arrays=state,
     num_results=len(state),
-    meets_before=False,
   )
 
 
@@ -155,8 +154,6 @@ def store_own(
     [],
     [u],
     arrays=products,
-    meets_before=False,
-    meets_after=False,
   )
 
 
@@ -174,8 +171,6 @@ def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
     [p],
     [],
     arrays=weights,
-    meets_before=False,
-    meets_after=False,
   )
 
 
@@ -184,7 +179,7 @@ def store_weights(weights: Sequence[jax.Array], p: Ref) -> None:
 
 def _place() -> tuple[Any, Any]:
   """Returns this thread's first row and column."""
-  t = mosaic.thread_index()
+  t = mosaic.thread_index(THREADS)
   return t // WARP * 16 + t % WARP // 4, t % 4 * 2
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from pallas_kernels import mosaic
 from pallas_kernels.layouts import Index, Ref
-from pallas_kernels.plan import WARPS
 from pallas_kernels.threads import F32_BYTES, WARP
 
 # `[norms, 8, columns]` float32 in device memory and which of them; the warps'
@@ -57,7 +56,10 @@ def store_squares(sequence: int, operand: int) -> str:
   )
 
 
-def squares_of(squares: Any, square: Any, sequence: int) -> Any:
+def squares_of(
+  squares: Any, square: Any, sequence: int, num_threads: int
+) -> Any:
   """Returns where a warp's sum of squares goes."""
-  warp = mosaic.thread_index() // WARP
-  return squares.plus(square + warp + sequence * WARPS, F32_BYTES)
+  warp = mosaic.thread_index(num_threads) // WARP
+  index = square + warp + sequence * (num_threads // WARP)
+  return squares.plus(index, F32_BYTES)

@@ -39,7 +39,6 @@ from pallas_kernels import (
 )
 from pallas_kernels.formats import ROW_BYTES
 from pallas_kernels.geometry import SEGMENTS, TILE
-from pallas_kernels.plan import WARPS
 
 # A wait that has not ended by then never will.
 DEADLOCK_S = 60.0
@@ -391,8 +390,9 @@ def _run_receive(
       )
       values = payload.view(dtype).reshape(one.num_rows, -1)
       if one.gained:
-        at = square + sequence * WARPS
-        values = _gained(run, values, norms, norm, squares, at)
+        num_warps = one.num_threads // threads.WARP
+        at = square + sequence * num_warps
+        values = _gained(run, values, norms, norm, squares, at, num_warps)
       if len(shape) == 1:
         run.write(target, (0,), values.ravel())
         continue
@@ -408,11 +408,12 @@ def _gained(
   norm: int,
   squares: Any,
   square: int,
+  num_warps: int,
 ) -> np.ndarray:
   """Multiplies by a norm's weights; stores the sum of squares."""
   gain = run.read(norms, (norm, 0, 0), (1, *values.shape))[0]
   wide = values.astype(np.float32)
-  sums = np.zeros(WARPS, np.float32)
+  sums = np.zeros(num_warps, np.float32)
   sums[0] = np.sum(wide * wide)
   run.write(squares, (square,), sums)
   return (wide * gain).astype(values.dtype)
@@ -438,7 +439,9 @@ def _run_embed(
   each = np.arange(SEGMENTS * what.segment // len(t))
   values = flat[element + begins[:, None] + each].reshape(SEGMENTS, -1)
   row = offset_bytes // (x[2][1] * x[3].itemsize)
-  run.write(x, (row, 0), _gained(run, values, norms, norm, squares, square))
+  num_warps = what.num_threads // threads.WARP
+  values = _gained(run, values, norms, norm, squares, square, num_warps)
+  run.write(x, (row, 0), values)
   t = np.arange(what.num_columns)
   there, elements = what.residual(t, start)
   if there.any():
@@ -625,6 +628,11 @@ def _run_words(
     (key, tuple(t), *kind)
     for key, t, kind in zip(keys, transforms, kinds, strict=True)
   ]
+  # What several warpgroups do, the first does here for all.
+  first_what = what[0] if isinstance(what, tuple) else what
+  num_threads = getattr(first_what, "num_threads", threads.THREADS)
+  if num_threads > threads.THREADS and int(thread.warpgroup_id) > 0:
+    return token, []
   first = refs[0] if refs else None
   run = _Threads(token, mesh_location, thread, where, source, first)
   results = _PROGRAMS[type(what)](

@@ -1,9 +1,12 @@
 """The decode step as one persistent kernel.
 
-One CTA per SM, two warpgroups each. The memory warpgroup streams this CTA's
-chunks of every matrix, and the keys and values it attends to, into a ring of
-shared-memory slots; it runs ahead of everything, bounded only by free slots.
-The compute warpgroup follows the same order and multiplies.
+One CTA per SM, of one or two compute warpgroups and a memory warpgroup. The
+memory warpgroup streams this CTA's chunks of every matrix, and the keys and values
+it attends to, into a ring of shared-memory slots; it runs ahead of everything,
+bounded only by free slots. The compute warpgroups follow the same order and
+multiply: of two, each takes every other unit of weights and every other sequence's
+results, both receive activations, and the first one attends. They meet before one
+reads what the other has written.
 
 CTAs exchange activations through device memory, see `words`. Nothing else that
 is read is written before in the same launch: where the sequences stand is one
@@ -48,7 +51,10 @@ class Cta(MatmulPhases, AttentionPhase):
   """One CTA's part of the step."""
 
   def load_angles(self) -> None:
-    """Copies the angles to shared memory, the first ones again at the end."""
+    """Copies the angles to shared memory, the first ones again at the end.
+
+    A meeting is to follow.
+    """
     width = GROUP_ROWS // 2
     angles = self.angles.at[self.step]
     num = self.cos_sin.shape[2] // width
@@ -69,12 +75,11 @@ class Cta(MatmulPhases, AttentionPhase):
     # Stamps count layers through all steps.
     before = self.step * self.num_layers
     after = before + self.num_layers
-    self.load_angles()
+    self.first_wg(self.load_angles)
 
     def fill_normed(name: str, norm: Index, stamp: Index) -> None:
       # Every matrix that comes after a norm has D columns, in one block.
       self.receive_x(name, s.qkv, g.hidden_rows, 0, stamp, norm)
-      plgpu.commit_smem()
 
     def layer_step(layer: Index, i: Index) -> Index:
       stamp = before + layer + 1
@@ -99,7 +104,6 @@ class Cta(MatmulPhases, AttentionPhase):
 
       def fill_o(block: Index) -> None:
         self.receive_x("attended", s.o, g.attention_size, block, stamp)
-        plgpu.commit_smem()
 
       i = self.matmul(
         i,
@@ -116,7 +120,6 @@ class Cta(MatmulPhases, AttentionPhase):
 
       def fill_down(block: Index) -> None:
         self.receive_x("hidden", s.down, g.gate_up_rows // 2, block, stamp)
-        plgpu.commit_smem()
 
       def finish_down(row: Index, num_rows: Index) -> None:
         self.finish_residual("output", stamp, row, num_rows)
@@ -130,7 +133,6 @@ class Cta(MatmulPhases, AttentionPhase):
       return self.matmul(i, s.down, fill_down, finish_down)
 
     self.embed(0)
-    plgpu.commit_smem()
     i = lax.fori_loop(0, self.num_layers, layer_step, I32(0))
     self.begin_choice()
     self.matmul(
@@ -198,9 +200,13 @@ def make_step(
     x_or_instead=plgpu.RefUnion([arrays.pop("x")], instead),
     **arrays,
     **scales,
-    produced=plgpu.Barrier(num_barriers=plan.num_slots, num_arrivals=2),
+    produced=plgpu.Barrier(
+      num_barriers=plan.compute_wgs * plan.num_slots, num_arrivals=2
+    ),
     consumed=plgpu.Barrier(num_barriers=plan.num_slots),
   )
+  if plan.compute_wgs > 1 and interpret is not None:
+    scratch["met"] = plgpu.Barrier(num_arrivals=plan.compute_wgs)
 
   def body(*args: Any) -> None:
     refs = dict(zip([*names, *out_types, *scratch], args, strict=True))
@@ -211,18 +217,18 @@ def make_step(
     wg = lax.axis_index("wg")
     goes_on = cta.goes_on()
 
-    @pl.when((wg == 1) & goes_on)
+    @pl.when((wg == plan.compute_wgs) & goes_on)
     def _memory_wg() -> None:
       cta.produce()
 
-    @pl.when((wg == 0) & goes_on)
+    @pl.when((wg < plan.compute_wgs) & goes_on)
     def _compute_wg() -> None:
       if interpret is None:
         mosaic.keep_plain(*(refs[name] for name in plain))
       cta.phase = QKV
       with cta.span("step"), cta.span("step_ns"):
         cta.compute()
-      times.count_sm(cta.times, cta.cta)
+      times.count_sm(cta.times, cta.cta, cta.team.num_threads)
 
     @pl.when((wg == 0) & (cta.cta == 0) & ~goes_on)
     def _nothing_to_do() -> None:
@@ -235,7 +241,7 @@ def make_step(
     body,
     out_type=[jax.ShapeDtypeStruct(*x) for x in out_types.values()],
     scratch_types=list(scratch.values()),
-    num_threads=2,
+    num_threads=plan.compute_wgs + 1,
     thread_name="wg",
     interpret=interpret,
     compiler_params=plgpu.CompilerParams(

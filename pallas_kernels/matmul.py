@@ -9,13 +9,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import codes, fragments, mosaic, threads, words
+from pallas_kernels import codes, fragments, mosaic, words
 from pallas_kernels.activations import Activations
 from pallas_kernels.geometry import CHUNK_COLS, SEGMENTS, TILE, UNIT_ROWS
 from pallas_kernels.layouts import BF16, F32, I32, Index, Ref, fori
 from pallas_kernels.plan import GROUP_ROWS, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul
 from pallas_kernels.stream import Stream
+from pallas_kernels.threads import ALONE
 
 _PAIRS = GROUP_ROWS // 2
 # Results of two lanes each: 64 rows of 8 segments, and 32 pairs of rows.
@@ -123,15 +124,14 @@ class MatmulPhases(Stream, Activations):
       adds: whether there are sums already.
       matmul: the matrix.
     """
-    fori(
-      0,
+    self.take_turns(
       num_units,
       lambda u: self._multiply_unit(
         i + u * num_chunks, num_chunks, u, adds, matmul
       ),
     )
-    # What each thread has stored is there for all.
-    threads.meet()
+    # What each thread has stored is there for all, and x has been read.
+    self.team.meet()
 
   def _multiply_unit(
     self, i: Index, num_chunks: int, u: Index, adds: bool, matmul: Matmul
@@ -247,6 +247,7 @@ class MatmulPhases(Stream, Activations):
     """
     first, row_words = self.plan.exchanges[name]
     words.send(
+      self.team,
       self.words,
       first,
       self.results,
@@ -283,7 +284,7 @@ class MatmulPhases(Stream, Activations):
         target = self.results.at[b, pl.ds(n * _PAIRS, _PAIRS)]
         mosaic.store(target, value.astype(BF16))
 
-    fori(0, self.plan.batch, sequence)
+    self.take_turns(self.plan.batch, sequence)
     self.send_results("qkv", row, num_rows, stamp, half_head=g.head_dim // 8)
 
   def finish_residual(
@@ -299,7 +300,7 @@ class MatmulPhases(Stream, Activations):
       mosaic.store(residual, y)
       mosaic.store(self.results.at[b], y.astype(BF16))
 
-    fori(0, self.plan.batch, sequence)
+    self.take_turns(self.plan.batch, sequence)
     self.send_results(name, row, num_rows, stamp)
 
   def finish_gate_up(self, stamp: Index, row: Index, num_rows: Index) -> None:
@@ -310,19 +311,22 @@ class MatmulPhases(Stream, Activations):
       y = gate * (1 / (1 + jnp.exp(-gate))) * up
       mosaic.store(self.results.at[b, pl.ds(0, _PAIRS)], y.astype(BF16))
 
-    fori(0, self.plan.batch, sequence)
+    self.take_turns(self.plan.batch, sequence)
     self.send_results(
       "hidden", row // 2, num_rows // 2, stamp, row_payloads=_PAIRS // 4
     )
 
   def begin_choice(self) -> None:
-    """Says that no logit has come yet."""
-    for n, value in enumerate((-jnp.inf, float(self.geometry.vocab_size))):
-      for b in range(self.plan.batch):
-        mosaic.store(
-          self.best.at[n * self.plan.batch + b],
-          plgpu.layout_cast(jnp.full((GROUP_ROWS,), value, F32), _ROW),
-        )
+    """Says that no logit has come yet; a meeting is to follow."""
+
+    @self.first_wg
+    def _() -> None:
+      for n, value in enumerate((-jnp.inf, float(self.geometry.vocab_size))):
+        for b in range(self.plan.batch):
+          mosaic.store(
+            self.best.at[n * self.plan.batch + b],
+            plgpu.layout_cast(jnp.full((GROUP_ROWS,), value, F32), _ROW),
+          )
 
   def finish_lm_head(self, row: Index, num_rows: Index) -> None:
     """Stores logits; keeps the largest of each lane."""
@@ -348,8 +352,8 @@ class MatmulPhases(Stream, Activations):
         jnp.where(better, index.astype(F32), best_index),
       )
 
-    fori(0, self.plan.batch, sequence)
-    words.put(self.results_f32, self.logits, row, num_rows)
+    self.take_turns(self.plan.batch, sequence)
+    words.put(self.team, self.results_f32, self.logits, row, num_rows)
 
   def choose(self, stamp: Index) -> None:
     """Takes the largest logit, the first of equals, as the next token."""
@@ -370,8 +374,13 @@ class MatmulPhases(Stream, Activations):
         spread = plgpu.layout_cast(jnp.full((GROUP_ROWS,), value, F32), _ROW)
         mosaic.store(self.best.at[n * self.plan.batch + b], spread)
 
-    fori(0, plan.batch, own)
+    # Maxima of Pallas go through shared memory that is there once.
+    @self.first_wg
+    def _() -> None:
+      fori(0, plan.batch, own)
+
     words.send(
+      self.team,
       self.words,
       first,
       self.best,
@@ -382,7 +391,7 @@ class MatmulPhases(Stream, Activations):
       row_payloads=1,
     )
 
-    @pl.when(self.cta == 0)
+    @pl.when((self.cta == 0) & (self.wg == 0))
     def _() -> None:
       width = plan.candidate_cols
       strided = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
@@ -400,7 +409,10 @@ class MatmulPhases(Stream, Activations):
           )
           for n in range(2)
         ]
-        words.receive(self.words, stamp, *wanted)
+        # The last sequence's have been read.
+        ALONE.meet()
+        words.receive(ALONE, self.words, stamp, *wanted)
+        ALONE.meet()
         logit, index = (
           plgpu.load(self.candidates.at[n], layout=strided, optimized=False)
           for n in range(2)

@@ -142,8 +142,8 @@ class Address:
     return Int(m.arith.addi(self._value, m.arith.muli(offset, scale)))
 
 
-def thread_index() -> Int:
-  """Returns the thread's number in its warpgroup.
+def thread_index(num_threads: int) -> Int:
+  """Returns the thread's number among so many, its warpgroup's or several ones'.
 
   Read anew, so that what follows from it is not computed before a loop and held
   in registers all the while.
@@ -153,12 +153,22 @@ def thread_index() -> Int:
   read = m.llvm.inline_asm(
     i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
   )
-  return Int(read) % 128
+  return Int(read) % num_threads
 
 
 def warpgroup_barrier() -> None:
   """Lets the warpgroup's threads see each other's writes."""
   _mlir().utils.warpgroup_barrier()
+
+
+def named_barrier(name: int, num_threads: int) -> None:
+  """Likewise those of several warpgroups.
+
+  Args:
+    name: 0 to 15, of which Mosaic takes 0 and one for each warpgroup.
+    num_threads: how many wait for each other.
+  """
+  asm(f"barrier.sync {name}, {num_threads};")
 
 
 def asm(code: str, *operands: Any, num_f32_results: int = 0) -> list[Any]:

@@ -53,7 +53,7 @@ GROUP_ROWS = GROUP_UNITS * UNIT_ROWS
 WARPS = 4
 
 # Shared memory that a CTA may use on Hopper, less the ring's barriers.
-SMEM_BYTES = 232448 - 256
+SMEM_BYTES = 232448 - 512
 # Each array there begins on a multiple of this.
 _SMEM_ALIGNMENT_BYTES = 1024
 # What sums and maxima over warps go through.
@@ -79,6 +79,7 @@ class Plan:
     capacity: S.
     num_ctas: P.
     in_flight: chunks that a CTA has asked memory for at most, see `tuning`.
+    compute_wgs: warpgroups of a CTA that compute.
   """
 
   geometry: Geometry
@@ -87,6 +88,12 @@ class Plan:
   capacity: int
   num_ctas: int
   in_flight: int
+  compute_wgs: int
+
+  @property
+  def num_warps(self) -> int:
+    """Warps of a CTA that compute."""
+    return WARPS * self.compute_wgs
 
   @property
   def splits(self) -> int:
@@ -204,6 +211,7 @@ def make_plan(
   num_ctas: int,
   device_kind: str | None = None,
   layer_format: Format = BF16,
+  compute_wgs: int | None = None,
 ) -> Plan:
   """Plans the step of a model for a batch, a capacity and a number of CTAs.
 
@@ -214,13 +222,19 @@ def make_plan(
     num_ctas: P.
     device_kind: what it will run on, for `tuning`; None if unknown.
     layer_format: how the layers' matrices are stored.
+    compute_wgs: warpgroups of a CTA that compute, 1 or 2; None for what `tuning`
+      has.
 
   Raises:
     UnsupportedError: if shared memory leaves too little for the stream.
   """
   schedule = make_schedule(geometry, num_ctas, layer_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
-  plan = Plan(geometry, schedule, batch, capacity, num_ctas, in_flight)
+  if compute_wgs is None:
+    compute_wgs = tuning.compute_wgs(device_kind, layer_format.bits, batch)
+  plan = Plan(
+    *(geometry, schedule, batch, capacity, num_ctas, in_flight, compute_wgs)
+  )
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(
       f"hidden_size={geometry.hidden_size} with batch {batch} on {num_ctas} CTAs"
@@ -311,7 +325,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),
     residual=((b, own_rows), f32),
-    squares=((b * WARPS,), f32),
+    squares=((b * plan.num_warps,), f32),
     cos_sin=((2, b, angles), f32),
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),

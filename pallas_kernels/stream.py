@@ -1,8 +1,14 @@
 """The stream of weights, keys and values through the ring of slots.
 
-The memory warpgroup fills slots in the order in which the compute warpgroup
-uses them, across phases and layers, bounded only by free slots.
+The memory warpgroup fills slots in the order in which they are used, across
+phases and layers, bounded only by free slots. Of several compute warpgroups, each
+takes every other unit of a group, and the first one takes keys and values.
+
+A slot has for each compute warpgroup a barrier that says that its chunk has come:
+who waits counts the completions, and so has to wait for each of them.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,14 +22,42 @@ from pallas_kernels.plan import ATTENTION, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul, split_of
 
 
+class Place(NamedTuple):
+  """Where in the stream the memory warpgroup is.
+
+  Attributes:
+    i: index of the next chunk.
+    users: which compute warpgroup takes the chunks before, a bit of each: that of
+      chunk `i - 1 - n` in bit n.
+  """
+
+  i: Index
+  users: Index
+
+  def next(self, user: Index) -> "Place":
+    """Returns the place after a chunk that `user` takes."""
+    return Place(self.i + 1, (self.users << 1) | user)
+
+  def user(self, before: Index) -> Index:
+    """Returns who takes the chunk so many before the next one."""
+    return (self.users >> (before - 1)) & 1
+
+
 class Stream(CtaBase):
   """Both ends of the ring."""
 
-  def acquire(self, i: Index) -> Index:
-    """Waits for the slot of the stream's chunk i and returns it."""
+  def come(self, slot: Index, user: Index) -> Ref:
+    """Returns the barrier of a slot's chunks that a compute warpgroup takes."""
+    if self.plan.compute_wgs == 1:
+      return self.produced.at[slot]
+    return self.produced.at[user * self.plan.num_slots + slot]
+
+  def acquire(self, place: Place) -> Index:
+    """Waits for the slot of the stream's next chunk and returns it."""
+    i = place.i
     slot = self.slot(i)
 
-    # A slot is free again once the compute warpgroup has arrived for the
+    # A slot is free again once the warpgroup that took it has arrived for the
     # chunk that was in it before.
     @pl.when(i >= self.plan.num_slots)
     def _() -> None:
@@ -38,46 +72,51 @@ class Stream(CtaBase):
       @pl.when(i >= self.plan.in_flight)
       def _() -> None:
         earlier = lax.rem(i - self.plan.in_flight, I32(self.plan.num_slots))
-        plgpu.barrier_wait(self.produced.at[earlier])
+        user = place.user(self.plan.in_flight)
+        plgpu.barrier_wait(self.come(earlier, user))
 
     return slot
 
-  def load_halves(self, i: Index, upper: Ref, lower: Ref) -> Index:
-    """Loads two `[64, 64]` into the next slot; returns the next index."""
-    slot = self.acquire(i)
+  def load_halves(
+    self, place: Place, upper: Ref, lower: Ref, user: Index = 0
+  ) -> Place:
+    """Loads two `[64, 64]` into the next slot; returns the next place."""
+    slot = self.acquire(place)
     half = CHUNK_ROWS // 2
     for j, source in enumerate((upper, lower)):
       plgpu.copy_gmem_to_smem(
         source,
         self.ring.at[slot, pl.ds(j * half, half)],
-        self.produced.at[slot],
+        self.come(slot, user),
       )
-    return i + 1
+    return place.next(user)
 
-  def load_codes(self, i: Index, codes: Ref, scales: Ref) -> Index:
-    """Loads codes and their scales into the next slot; returns the next index."""
-    slot = self.acquire(i)
+  def load_codes(
+    self, place: Place, codes: Ref, scales: Ref, user: Index
+  ) -> Place:
+    """Loads codes and their scales into the next slot; returns the next place."""
+    slot = self.acquire(place)
     targets = (
       self.ring.at[slot, pl.ds(0, codes.shape[0])],
       self.scales.at[slot, pl.ds(0, scales.shape[0])],
     )
     for source, target in zip((codes, scales), targets, strict=True):
-      plgpu.copy_gmem_to_smem(source, target, self.produced.at[slot])
-    return i + 1
+      plgpu.copy_gmem_to_smem(source, target, self.come(slot, user))
+    return place.next(user)
 
   def stream_weights(
-    self, i: Index, packed: Ref, matmul: Matmul, scales: Ref | None = None
-  ) -> Index:
+    self, place: Place, packed: Ref, matmul: Matmul, scales: Ref | None = None
+  ) -> Place:
     """Streams this CTA's units of a layer's matrix, as `MatmulPhases` does.
 
     Args:
-      i: index in the stream.
+      place: where in the stream.
       packed: `[P, n, rows of the ring, 64]`.
       matmul: how it is dealt out.
       scales: `[P, n, rows, 32]` int32 of codes, or None.
 
     Returns:
-      The stream's next index.
+      The stream's next place.
     """
     plan = self.plan
     self.phase = PHASE_OF[matmul.name]
@@ -85,36 +124,39 @@ class Stream(CtaBase):
     half, per_unit = CHUNK_ROWS // 2, matmul.chunks_per_unit
     per_block = plan.block_chunks(matmul)
 
-    def load(j: Index, i: Index) -> Index:
+    def load(j: Index, place: Place) -> Place:
+      # Groups begin with the first warpgroup's turn.
+      user = lax.rem(j // per_unit, I32(plan.compute_wgs))
       chunk = packed.at[self.cta, j]
       if scales is not None:
-        return self.load_codes(i, chunk, scales.at[self.cta, j])
+        return self.load_codes(place, chunk, scales.at[self.cta, j], user)
       return self.load_halves(
-        i, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)]
+        place, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)], user
       )
 
     if plan.num_blocks(matmul) == 1:
-      return lax.fori_loop(0, count * per_unit, load, i)
+      return lax.fori_loop(0, count * per_unit, load, place)
 
-    def group(n: Index, i: Index) -> Index:
+    def group(n: Index, place: Place) -> Place:
       first = n * GROUP_UNITS
       last = jnp.minimum(first + GROUP_UNITS, count)
 
-      def block(m: Index, i: Index) -> Index:
+      def block(m: Index, place: Place) -> Place:
         begin = m * per_block
         end = jnp.minimum(begin + per_block, per_unit)
 
-        def unit(u: Index, i: Index) -> Index:
+        def unit(u: Index, place: Place) -> Place:
           at = u * per_unit
-          return lax.fori_loop(at + begin, at + end, load, i)
+          return lax.fori_loop(at + begin, at + end, load, place)
 
-        return lax.fori_loop(first, last, unit, i)
+        return lax.fori_loop(first, last, unit, place)
 
-      return lax.fori_loop(0, plan.num_blocks(matmul), block, i)
+      return lax.fori_loop(0, plan.num_blocks(matmul), block, place)
 
-    return lax.fori_loop(0, (count + GROUP_UNITS - 1) // GROUP_UNITS, group, i)
+    num_groups = (count + GROUP_UNITS - 1) // GROUP_UNITS
+    return lax.fori_loop(0, num_groups, group, place)
 
-  def stream_keys_and_values(self, i: Index, layer: Index) -> Index:
+  def stream_keys_and_values(self, place: Place, layer: Index) -> Place:
     """Streams the tiles of keys and values that this CTA attends to.
 
     A slot holds 64 keys and their values, or with wide heads one of both.
@@ -122,69 +164,72 @@ class Stream(CtaBase):
     g = self.geometry
     self.phase = ATTENTION
 
-    def item_tiles(item: Index, i: Index) -> Index:
+    def item_tiles(item: Index, place: Place) -> Place:
       b, head, split = self.item(item)
       first, end, _, _ = split_of(self.positions[b], split, self.plan.splits)
 
-      def tile(t: Index, i: Index) -> Index:
+      def tile(t: Index, place: Place) -> Place:
         k, v = (
           cache.at[layer, b, head, pl.ds(t * TILE, TILE)]
           for cache in (self.k_cache, self.v_cache)
         )
         if g.head_dim == TILE:
-          return self.load_halves(i, k, v)
+          return self.load_halves(place, k, v)
         for x in (k, v):
-          i = self.load_halves(
-            i, x.at[:, pl.ds(0, TILE)], x.at[:, pl.ds(TILE, TILE)]
+          place = self.load_halves(
+            place, x.at[:, pl.ds(0, TILE)], x.at[:, pl.ds(TILE, TILE)]
           )
-        return i
+        return place
 
-      return lax.fori_loop(first, jnp.maximum(first, end), tile, i)
+      return lax.fori_loop(first, jnp.maximum(first, end), tile, place)
 
-    return self.for_items(item_tiles, i)
+    return self.for_items(item_tiles, place)
 
   def produce(self) -> None:
     """Streams everything that the step reads, in the order of its use."""
     plan, s = self.plan, self.plan.schedule
 
-    def layer_stream(layer: Index, i: Index) -> Index:
-      def weights(i: Index, matmul: Matmul) -> Index:
+    def layer_stream(layer: Index, place: Place) -> Place:
+      def weights(place: Place, matmul: Matmul) -> Place:
         scales = None
         if matmul.format.is_packed:
           scales = getattr(self, f"s_{matmul.name}").at[layer]
         packed = getattr(self, f"w_{matmul.name}").at[layer]
-        return self.stream_weights(i, packed, matmul, scales)
+        return self.stream_weights(place, packed, matmul, scales)
 
-      i = weights(i, s.qkv)
-      i = self.stream_keys_and_values(i, layer)
+      place = weights(place, s.qkv)
+      place = self.stream_keys_and_values(place, layer)
       for matmul in (s.o, s.gate_up, s.down):
-        i = weights(i, matmul)
-      return i
+        place = weights(place, matmul)
+      return place
 
-    i = lax.fori_loop(0, self.num_layers, layer_stream, I32(0))
-    i = self.stream_weights(i, self.w_lm_head, s.lm_head)
+    place = lax.fori_loop(
+      0, self.num_layers, layer_stream, Place(I32(0), I32(0))
+    )
+    place = self.stream_weights(place, self.w_lm_head, s.lm_head)
+    i = place.i
 
     # Every completion of a barrier must be awaited.
-    def drain(barrier: Ref, num_chunks: int) -> None:
-      def wait(j: Index) -> None:
-        plgpu.barrier_wait(barrier.at[lax.rem(j, I32(plan.num_slots))])
+    def come(j: Index) -> None:
+      plgpu.barrier_wait(self.come(self.slot(j), place.user(i - j)))
 
-      fori(jnp.maximum(i - num_chunks, 0), i, wait)
+    def consumed(j: Index) -> None:
+      plgpu.barrier_wait(self.consumed.at[self.slot(j)])
 
     if plan.in_flight < plan.num_slots:
-      drain(self.produced, plan.in_flight)
-    drain(self.consumed, plan.num_slots)
+      fori(jnp.maximum(i - plan.in_flight, 0), i, come)
+    fori(jnp.maximum(i - plan.num_slots, 0), i, consumed)
 
   def slot(self, i: Index) -> Index:
     """Returns the slot of the stream's chunk i."""
     return lax.rem(i, I32(self.plan.num_slots))
 
   def arrived(self, i: Index) -> Index:
-    """Waits for the stream's chunk i and returns its slot."""
+    """Waits for the stream's chunk i, this warpgroup's; returns its slot."""
     slot = self.slot(i)
     # Both halves of the chunk have arrived.
     with self.span("ring_empty"):
-      plgpu.barrier_wait(self.produced.at[slot])
+      plgpu.barrier_wait(self.come(slot, self.wg))
     return slot
 
   def free(self, i: Index) -> None:

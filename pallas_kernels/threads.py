@@ -1,4 +1,4 @@
-"""Programs that each thread of a warpgroup runs by itself, in PTX.
+"""Programs that each thread runs by itself, in PTX.
 
 Pallas has no words for them: a program takes refs whole and scalars that say
 where. The object that describes one says where each thread reads and writes, in
@@ -25,6 +25,8 @@ F32_BYTES = 4
 # What a thread stores at once of an operand of `wgmma`: 8 bfloat16.
 PIECE_COLUMNS = 8
 PIECE_BYTES = 16
+# Where several warpgroups meet. Mosaic itself uses the first ones.
+_BARRIER_NAME = 8
 # An operand's tile is 8 rows of 128 bytes, in which piece c of row r is at
 # c xor r.
 TILE_ROW_BYTES = 128
@@ -43,10 +45,59 @@ def tiled_byte(row: Any, byte: Any) -> Any:
   return tile * TILE_BYTES + row * TILE_ROW_BYTES + within
 
 
-def turns(count: int) -> list[Any]:
+def turns(count: int, num_threads: int = THREADS) -> list[Any]:
   """Returns which of `count` things a thread does, one after the other."""
-  t = mosaic.thread_index()
-  return [t + i * THREADS for i in range(-(-count // THREADS))]
+  t = mosaic.thread_index(num_threads)
+  return [t + i * num_threads for i in range(-(-count // num_threads))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Meet:
+  """Nothing but threads that wait for each other.
+
+  Attributes:
+    num_threads: how many.
+  """
+
+  num_threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+  """Warpgroups that run programs together: the first ones.
+
+  Attributes:
+    num_wgs: how many; one is whichever runs what is traced.
+    barrier: what they meet at where programs are not run by threads, in the
+      interpreter; each warpgroup arrives once.
+  """
+
+  num_wgs: int
+  barrier: Ref | None = None
+
+  @property
+  def num_threads(self) -> int:
+    """Of all of them."""
+    return self.num_wgs * THREADS
+
+  def meet(self) -> None:
+    """Waits for the others: all see what any has written to shared memory."""
+    if self.num_wgs > 1 and self.barrier is not None:
+      plgpu.barrier_arrive(self.barrier)
+      plgpu.barrier_wait(self.barrier)
+    else:
+      run(Meet(self.num_threads), _emit_meet, [], [], [])
+
+  def commit(self) -> None:
+    """Meets, and what has been written is there for `wgmma` and bulk stores."""
+    plgpu.commit_smem()
+    # With one, that was a barrier.
+    if self.num_wgs > 1:
+      self.meet()
+
+
+# A warpgroup by itself.
+ALONE = Team(1)
 
 
 def run(
@@ -58,10 +109,8 @@ def run(
   *,
   arrays: Sequence[jax.Array] = (),
   num_results: int = 0,
-  meets_before: bool = True,
-  meets_after: bool = True,
 ) -> tuple[jax.Array, ...]:
-  """Emits a program.
+  """Emits a program; who needs what others write has to meet them.
 
   Args:
     what: describes it.
@@ -72,10 +121,6 @@ def run(
     scalars: int32.
     arrays: `[64, n]` float32, results of `wgmma`.
     num_results: how many results there are.
-    meets_before: whether all threads are there first: what others have written
-      to shared memory then is, too.
-    meets_after: whether they are at the end: what is written to shared memory
-      here then is there, and all have read their words.
 
   Returns:
     Its results, `[64, 8]` float32.
@@ -91,16 +136,12 @@ def run(
 
   def program(context: Any, *args: Any) -> list[Any]:
     del context
-    if meets_before:
-      mosaic.warpgroup_barrier()
     results = emit(
       what,
       *(mosaic.Address(x) for x in args[:num_refs]),
       *(mosaic.registers(x) for x in args[num_refs:][:num_arrays]),
       *(mosaic.Int(x) for x in args[num_refs + num_arrays :]),
     )
-    if meets_after:
-      mosaic.warpgroup_barrier()
     return [mosaic.wgmma_array(x) for x in results or ()]
 
   program.what = what  # type: ignore[attr-defined]
@@ -111,11 +152,8 @@ def run(
   return tuple(call(*refs, *tiled, *arrays, *numbers) or ())
 
 
-@dataclasses.dataclass(frozen=True)
-class Meet:
-  """Nothing but threads that wait for each other."""
-
-
-def meet() -> None:
-  """Lets the warpgroup's threads see each other's writes to shared memory."""
-  run(Meet(), lambda what: None, [], [], [], meets_after=False)
+def _emit_meet(what: Meet) -> None:
+  if what.num_threads == THREADS:
+    mosaic.warpgroup_barrier()
+  else:
+    mosaic.named_barrier(_BARRIER_NAME, what.num_threads)

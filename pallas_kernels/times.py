@@ -36,7 +36,7 @@ SHAPE = (NUM_PHASES, len(KINDS))
 
 @contextlib.contextmanager
 def span(
-  times: Ref | None, cta: Index, phase: int, kind: str
+  times: Ref | None, cta: Index, phase: int, kind: str, num_threads: int
 ) -> Iterator[None]:
   """Counts the cycles of what is traced inside.
 
@@ -45,6 +45,7 @@ def span(
     cta: whose cycles they are.
     phase: see `plan`.
     kind: one of `KINDS`.
+    num_threads: that compute; the first one counts, and the first after them.
   """
   if times is None:
     yield
@@ -53,19 +54,19 @@ def span(
     (cta * SHAPE[0] + phase) * SHAPE[1] + KINDS.index(kind), I32
   )
   clock = "globaltimer_lo" if kind == "step_ns" else "clock"
-  _count(times, index, f"mov.u32 x, %{clock}; neg.s32 x, x;")
+  _count(times, index, f"mov.u32 x, %{clock}; neg.s32 x, x;", num_threads)
   yield
-  _count(times, index, f"mov.u32 x, %{clock};")
+  _count(times, index, f"mov.u32 x, %{clock};", num_threads)
 
 
-def count_sm(times: Ref | None, cta: Index) -> None:
+def count_sm(times: Ref | None, cta: Index, num_threads: int) -> None:
   """Adds the number of the SM that the CTA runs on."""
   if times is not None:
     index = (cta * SHAPE[0] + QKV) * SHAPE[1] + KINDS.index("sm")
-    _count(times, jnp.asarray(index, I32), "mov.u32 x, %smid;")
+    _count(times, jnp.asarray(index, I32), "mov.u32 x, %smid;", num_threads)
 
 
-def _count(times: Ref, index: Any, value: str) -> None:
+def _count(times: Ref, index: Any, value: str, num_threads: int) -> None:
   """Adds what `value` puts into x."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
@@ -75,7 +76,7 @@ def _count(times: Ref, index: Any, value: str) -> None:
       f"{{ .reg .pred p; .reg .u32 x; {value} setp.eq.u32 p, $1, 0;"
       " @p red.relaxed.gpu.global.add.u32 [$0], x; }",
       mosaic.Address(times).plus(mosaic.Int(index), 4),
-      mosaic.thread_index(),
+      mosaic.thread_index(num_threads),
     )
 
   program(times, index)

@@ -25,3 +25,15 @@ def in_flight(device_kind: str | None, hidden_size: int) -> int:
   """
   by_width = _IN_FLIGHT.get(device_kind or "", _IN_FLIGHT[_DEFAULT])
   return by_width[max(width for width in by_width if width <= hidden_size)]
+
+
+def compute_wgs(device_kind: str | None, bits: int, batch: int) -> int:
+  """Returns how many warpgroups of a CTA compute.
+
+  Args:
+    device_kind: as JAX names it; None if unknown.
+    bits: of a weight of the layers.
+    batch: B.
+  """
+  del device_kind
+  return 2 if bits < 16 or batch > 1 else 1

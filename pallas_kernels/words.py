@@ -33,7 +33,7 @@ from typing import Any
 
 from pallas_kernels import gains, mosaic, threads
 from pallas_kernels.layouts import BF16, Index, Ref
-from pallas_kernels.threads import F32_BYTES, PIECE_COLUMNS, THREADS, tiled_byte
+from pallas_kernels.threads import F32_BYTES, PIECE_COLUMNS, Team, tiled_byte
 
 WORD_BYTES = 8
 # Payload of a word of bfloat16.
@@ -65,6 +65,7 @@ class Send:
       halves of heads, or None if rows go where they are.
     payload_bytes: of a word.
     stamped: or what is sent are bare payloads, for others than this kernel.
+    num_threads: that send.
   """
 
   num_rows: int
@@ -74,6 +75,7 @@ class Send:
   half_head: int | None
   payload_bytes: int
   stamped: bool
+  num_threads: int
 
   @property
   def num_payloads(self) -> int:
@@ -125,6 +127,7 @@ class Receive:
     sequence_bytes: from sequence to sequence in shared memory.
     payload_bytes: of a word.
     gained: whether to multiply by a norm's weights and to sum up squares.
+    num_threads: that wait.
   """
 
   num_sequences: int
@@ -137,6 +140,7 @@ class Receive:
   sequence_bytes: int
   payload_bytes: int
   gained: bool
+  num_threads: int
 
   @property
   def num_pairs(self) -> int:
@@ -183,14 +187,15 @@ def _payload_bytes(ref: Ref) -> int:
   return _BF16_BYTES if ref.dtype == BF16 else F32_BYTES
 
 
-def sequences_at_once(batch: int, columns: int) -> int:
+def sequences_at_once(batch: int, columns: int, num_threads: int) -> int:
   """Returns for how many sequences all loads of bfloat16 can be under way."""
-  turns = -(-columns // (PIECE_COLUMNS * THREADS))
+  turns = -(-columns // (PIECE_COLUMNS * num_threads))
   most = max(1, _MOST_OF_SEQUENCES // turns)
   return max(n for n in range(1, most + 1) if batch % n == 0)
 
 
 def send(
+  team: Team,
   words: Ref,
   first: Index,
   source: Ref,
@@ -206,6 +211,7 @@ def send(
   """Sends rows of `source`, at most `count` words of each.
 
   Args:
+    team: who sends; all of them have written to `source`, and may again.
     words: all words.
     first: the first row's first one.
     source: `[rows, columns]` in shared memory, bfloat16 or float32.
@@ -228,28 +234,35 @@ def send(
     half_head,
     payload_bytes,
     True,
+    team.num_threads,
   )
+  team.meet()
   threads.run(
-    what,
-    _emit_send,
-    [words, source],
-    [],
-    [first, start, count, stamp],
+    what, _emit_send, [words, source], [], [first, start, count, stamp]
   )
+  team.meet()
 
 
-def put(source: Ref, target: Ref, start: Index, count: Index) -> None:
+def put(
+  team: Team, source: Ref, target: Ref, start: Index, count: Index
+) -> None:
   """Stores the first `count` columns of each row of `source` to `target`.
 
   Args:
+    team: who stores, see `send`.
     source: `[rows, columns]` float32 in shared memory.
     target: `[rows, more columns]` float32 in device memory.
     start: the first column there.
     count: how many columns.
   """
   rows, cols = source.shape
-  what = Send(rows, cols, cols, target.shape[1], None, F32_BYTES, False)
+  what = Send(
+    *(rows, cols, cols, target.shape[1]),
+    *(None, F32_BYTES, False, team.num_threads),
+  )
+  team.meet()
   threads.run(what, _emit_send, [target, source], [], [0, start, count, 0])
+  team.meet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,9 +300,8 @@ class Wanted:
   sequence_bytes: int = 0
   gain: gains.Gain | None = None
 
-  @property
-  def what(self) -> Receive:
-    """The program that brings them."""
+  def by(self, team: Team) -> Receive:
+    """Returns the program that brings them."""
     return Receive(
       self.num_sequences,
       self.num_rows,
@@ -301,13 +313,18 @@ class Wanted:
       self.sequence_bytes,
       _payload_bytes(self.target),
       self.gain is not None,
+      team.num_threads,
     )
 
 
-def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
+def receive(team: Team, words: Ref, stamp: Index, *wanted: Wanted) -> None:
   """Waits for words and stores their payloads; all loads are under way at once.
 
+  The team has to have done with what was at the targets, and to meet, or to
+  commit, before anybody reads these.
+
   Args:
+    team: who waits.
     words: all words.
     stamp: what those that are wanted must bear.
     *wanted: which ones; only one alone may have a gain.
@@ -328,7 +345,7 @@ def receive(words: Ref, stamp: Index, *wanted: Wanted) -> None:
       0 if w.valid is None else w.valid,
     )
   ]
-  what = tuple(w.what for w in wanted)
+  what = tuple(w.by(team) for w in wanted)
   threads.run(
     what,
     _emit_receive,
@@ -365,7 +382,7 @@ def _emit_send(
       f" {_make_room('x')} or.b32 x, x, $3; mov.b64 w, {{x, y}};"
       " @p st.relaxed.gpu.global.b64 [$0], w;"
     )
-  for t in threads.turns(what.num_payloads):
+  for t in threads.turns(what.num_payloads, what.num_threads):
     sent, payload, word = what.place(t, start, count)
     mosaic.asm(
       "{ .reg .pred p, e; .reg .b32 x, y, m; .reg .b64 w;"
@@ -414,9 +431,10 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     at = len(what) + 3 + 4 * n
     first, column, offset_bytes, valid = args[at : at + 4]
     # Without this, every thread has something to do in every turn.
-    masked = one.masked or one.num_pairs % THREADS != 0
+    masked = one.masked or one.num_pairs % one.num_threads != 0
     for sequence in range(one.num_sequences):
-      for j, t in enumerate(threads.turns(one.num_pairs)):
+      turns_of_one = threads.turns(one.num_pairs, one.num_threads)
+      for j, t in enumerate(turns_of_one):
         wants_a, wants_b, word, byte = one.place(sequence, t, column, valid)
         addresses = (
           words.plus(first + word, WORD_BYTES),
@@ -488,7 +506,9 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     if squares is not None:
       for sequence in sequences:
         store.append(gains.store_squares(sequence, len(operands)))
-        operands.append(gains.squares_of(squares, square, sequence))
+        operands.append(
+          gains.squares_of(squares, square, sequence, what[0].num_threads)
+        )
     mosaic.asm(
       " ".join(
         [
