@@ -517,7 +517,11 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
           "receive_${:uid}: mov.b32 missing, 0;",
           *load,
           *check,
-          "setp.ne.b32 again, missing, 0; @again bra receive_${:uid};",
+          # The warp goes on as one: threads that went on by themselves would
+          # each take the time of what follows.
+          "setp.ne.b32 again, missing, 0;",
+          "vote.sync.any.pred again, again, 0xFFFFFFFF;",
+          "@again bra receive_${:uid};",
           *store,
           "}",
         ]
