@@ -40,7 +40,8 @@ class Activations(CtaBase):
   ) -> None:
     """Waits for activations and writes a block of their columns to x.
 
-    Commits them: products may follow.
+    Commits them: products may follow. The products of what was in x have ended
+    and the sums of squares are used since the threads met to send the results.
 
     Args:
       name: what is sent, see `Plan.exchanges`.
@@ -77,8 +78,6 @@ class Activations(CtaBase):
       )
       words.receive(self.team, self.words, stamp, wanted)
 
-    # The products of what was in x have ended, and the sums of squares are used.
-    self.team.meet()
     fori(0, plan.batch // at_once, sequences)
     self.team.commit()
 

@@ -24,7 +24,6 @@ from pallas_kernels.layouts import (
   I32,
   Index,
   Ref,
-  repeat_rows,
 )
 from pallas_kernels.plan import ATTENTION, MASKED
 from pallas_kernels.schedule import split_of
@@ -80,7 +79,7 @@ class AttentionPhase(Stream):
           ),
           (zero + F32(MASKED), zero, *[zero] * slots_per_tile),
         )
-        total = repeat_rows(jnp.sum(total, axis=0), (TILE, 8), _WGMMA)
+        total = fragments.reduce_rows("add", total, self.tops)
 
       # The split with the last tile writes the new key and value: after that
       # tile has come, and before others may go on to the next layer's.
@@ -244,9 +243,8 @@ class AttentionPhase(Stream):
     ]
     most, total, *out = state
     top = functools.reduce(jnp.maximum, scores)
-    new_most = jnp.maximum(
-      most, repeat_rows(jnp.max(top, axis=0), (TILE, 8), _WGMMA)
-    )
+    # The threads have met since the scratch was used, to commit weights or queries.
+    new_most = jnp.maximum(most, fragments.reduce_rows("max", top, self.tops))
     shrink = jnp.exp2(most - new_most)
     total = total * shrink
     weights = [jnp.exp2(x - new_most) for x in scores]

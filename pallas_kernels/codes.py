@@ -267,7 +267,7 @@ def _emit_multiply(
 ) -> list[Any]:
   *sums, slot_byte, slot, column = args
   f = what.format
-  t = mosaic.thread_index(THREADS)
+  t = mosaic.thread_index(THREADS, anew=False)
   lane = t % WARP
   segment, part = lane // 4, lane % 4
   row = t // WARP * 16 + segment

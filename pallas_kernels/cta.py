@@ -59,6 +59,7 @@ class CtaBase:
   residual: Ref
   squares: Ref
   cos_sin: Ref
+  tops: Ref
   attended: Ref
   new: Ref
   best: Ref

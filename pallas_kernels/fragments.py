@@ -18,7 +18,7 @@ from pallas_kernels import mosaic, threads
 from pallas_kernels.geometry import SEGMENTS, TILE
 from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.parts import Part
-from pallas_kernels.plan import MASKED
+from pallas_kernels.plan import MASKED, WARPS
 from pallas_kernels.threads import (
   F32_BYTES,
   THREADS,
@@ -56,6 +56,17 @@ class MergeParts:
   """
 
   part: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class ReduceRows:
+  """Takes the maximum or the sum of all rows.
+
+  Attributes:
+    kind: `max` or `add`.
+  """
+
+  kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +140,28 @@ def merge_parts(
     arrays=state,
     num_results=len(state),
   )
+
+
+def reduce_rows(kind: str, values: jax.Array, scratch: Ref) -> jax.Array:
+  """Returns the maximum or the sum of all rows, as each row.
+
+  Between two uses of the scratch, the threads have to meet.
+
+  Args:
+    kind: `max` or `add`.
+    values: `[64, 8]` float32.
+    scratch: `[warps * 8]` float32 in shared memory.
+  """
+  (found,) = threads.run(
+    ReduceRows(kind),
+    _emit_reduce,
+    [scratch],
+    [],
+    [],
+    arrays=[values],
+    num_results=1,
+  )
+  return found
 
 
 def store_own(
@@ -309,6 +342,44 @@ def _emit_merge(what: MergeParts, words: Any, *args: Any) -> list[Any]:
     found[2:4] * 2,
     *(found[4 + _VALUES * n :][:_VALUES] for n in blocks),
   ]
+
+
+def _emit_reduce(
+  what: ReduceRows, scratch: Any, values: Sequence[Any]
+) -> list[Any]:
+  t = mosaic.thread_index(THREADS)
+  warp, lane = t // WARP, t % WARP
+  op = f"{what.kind}.f32"
+  steps = " ".join(
+    f"mov.b32 m, {x}; shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
+    f" mov.b32 y, m; {op} {x}, {x}, y;"
+    for distance in (4, 8, 16)
+    for x in "ab"
+  )
+  mosaic.asm(
+    "{ .reg .pred p; .reg .b32 m; .reg .f32 a, b, y; setp.ne.b32 p, $1, 0;"
+    f" {op} a, $2, $4; {op} b, $3, $5; {steps}"
+    " @p st.shared.v2.f32 [$0], {a, b}; }",
+    scratch.plus(warp * SEGMENTS + lane * 2, F32_BYTES),
+    lane < SEGMENTS // 2,
+    *values,
+  )
+  mosaic.warpgroup_barrier()
+  parts = [(f"a{w}", f"b{w}") for w in range(WARPS)]
+  loads = " ".join(
+    f".reg .f32 {a}, {b}; ld.shared.v2.f32 {{{a}, {b}}},"
+    f" [$2 + {w * SEGMENTS * F32_BYTES}];"
+    for w, (a, b) in enumerate(parts)
+  )
+  merges = " ".join(
+    f"{op} a0, a0, {a}; {op} b0, b0, {b};" for a, b in parts[1:]
+  )
+  found = mosaic.asm(
+    f"{{ {loads} {merges} mov.f32 $0, a0; mov.f32 $1, b0; }}",
+    scratch.plus(lane % 4 * 2, F32_BYTES),
+    num_f32_results=2,
+  )
+  return [found * 2]
 
 
 def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:

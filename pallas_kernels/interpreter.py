@@ -540,6 +540,18 @@ def _run_merge_parts(
   return [most, total, *out]
 
 
+def _run_reduce(
+  what: fragments.ReduceRows,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+  values: np.ndarray,
+) -> list[np.ndarray]:
+  del run, refs, scalars
+  found = (values.max if what.kind == "max" else values.sum)(0)
+  return [np.broadcast_to(found, values.shape)]
+
+
 def _run_store_own(
   what: fragments.StoreOwn,
   run: _Threads,
@@ -603,6 +615,7 @@ _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   patching.Patch: _run_patch,
   fragments.SendPart: _run_send_part,
   fragments.MergeParts: _run_merge_parts,
+  fragments.ReduceRows: _run_reduce,
   fragments.StoreOwn: _run_store_own,
   fragments.StoreWeights: _run_store_weights,
   codes.MultiplyCodes: _run_multiply,

@@ -103,6 +103,8 @@ class Cta(MatmulPhases, AttentionPhase):
       )
 
       def fill_o(block: Index) -> None:
+        # Attention has done with what takes the place of x.
+        self.team.meet()
         self.receive_x("attended", s.o, g.attention_size, block, stamp)
 
       i = self.matmul(

@@ -35,13 +35,6 @@ def rows_layout(cols: int) -> Any:
   )
 
 
-def repeat_rows(
-  row: jax.Array, shape: tuple[int, int], layout: Any
-) -> jax.Array:
-  """Repeats `[cols]` as each row of `[rows, cols]`."""
-  return plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), layout)
-
-
 def fori(lower: Index, upper: Index, body: Callable[[Index], None]) -> None:
   """Loops without a carry."""
 

@@ -142,16 +142,18 @@ class Address:
     return Int(m.arith.addi(self._value, m.arith.muli(offset, scale)))
 
 
-def thread_index(num_threads: int) -> Int:
+def thread_index(num_threads: int, *, anew: bool = True) -> Int:
   """Returns the thread's number among so many, its warpgroup's or several ones'.
 
-  Read anew, so that what follows from it is not computed before a loop and held
-  in registers all the while.
+  Args:
+    num_threads: how many.
+    anew: whether to read it here, so that what follows from it is not computed
+      before a loop and held in registers all the while.
   """
   m = _mlir()
   i32 = m.ir.IntegerType.get_signless(32)
   read = m.llvm.inline_asm(
-    i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
+    i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=anew
   )
   return Int(read) % num_threads
 

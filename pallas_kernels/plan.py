@@ -61,7 +61,7 @@ _REDUCTION_BYTES = 2048
 # Activations that do not fit in this come in blocks.
 _X_BYTES = 65536
 # Arrays in shared memory that take the place of x, when x is not in use.
-INSTEAD_OF_X = ("p", "attended", "candidates")
+INSTEAD_OF_X = ("p", "tops", "attended", "candidates")
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -231,7 +231,9 @@ def make_plan(
   schedule = make_schedule(geometry, num_ctas, layer_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
   if compute_wgs is None:
-    compute_wgs = tuning.compute_wgs(device_kind, layer_format.bits, batch)
+    compute_wgs = tuning.compute_wgs(
+      layer_format.bits, geometry.hidden_size, batch
+    )
   plan = Plan(
     *(geometry, schedule, batch, capacity, num_ctas, in_flight, compute_wgs)
   )
@@ -327,6 +329,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     residual=((b, own_rows), f32),
     squares=((b * plan.num_warps,), f32),
     cos_sin=((2, b, angles), f32),
+    tops=((WARPS * 8,), f32),
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),
     best=((2 * b, GROUP_ROWS), f32),

@@ -63,6 +63,11 @@ class Meet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fence:
+  """Orders writes to shared memory before what the asynchronous proxy reads."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Team:
   """Warpgroups that run programs together: the first ones.
 
@@ -90,9 +95,14 @@ class Team:
 
   def commit(self) -> None:
     """Meets, and what has been written is there for `wgmma` and bulk stores."""
-    plgpu.commit_smem()
-    # With one, that was a barrier.
-    if self.num_wgs > 1:
+    if self.num_wgs == 1:
+      plgpu.commit_smem()
+    elif self.barrier is not None:
+      plgpu.commit_smem()
+      self.meet()
+    else:
+      # A commit of Pallas would be this and a barrier of each warpgroup.
+      run(Fence(), _emit_fence, [], [], [])
       self.meet()
 
 
@@ -150,6 +160,11 @@ def run(
   )(program)
   numbers = (jnp.asarray(x, I32) for x in scalars)
   return tuple(call(*refs, *tiled, *arrays, *numbers) or ())
+
+
+def _emit_fence(what: Fence) -> None:
+  del what
+  mosaic.asm("fence.proxy.async.shared::cta;")
 
 
 def _emit_meet(what: Meet) -> None:

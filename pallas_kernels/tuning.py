@@ -27,13 +27,16 @@ def in_flight(device_kind: str | None, hidden_size: int) -> int:
   return by_width[max(width for width in by_width if width <= hidden_size)]
 
 
-def compute_wgs(device_kind: str | None, bits: int, batch: int) -> int:
+def compute_wgs(bits: int, hidden_size: int, batch: int) -> int:
   """Returns how many warpgroups of a CTA compute.
 
+  A second one is worth it where computing, or receiving activations, is what
+  memory waits for; else its meetings only cost. On an H100 that is a model of few
+  bits of D = 2,048, not of 4,096, and 8 sequences (bench/LOG.md).
+
   Args:
-    device_kind: as JAX names it; None if unknown.
     bits: of a weight of the layers.
+    hidden_size: D.
     batch: B.
   """
-  del device_kind
-  return 2 if bits < 16 or batch > 1 else 1
+  return 2 if batch >= 4 or (bits < 16 and hidden_size < 4096) else 1

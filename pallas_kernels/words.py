@@ -211,7 +211,8 @@ def send(
   """Sends rows of `source`, at most `count` words of each.
 
   Args:
-    team: who sends; all of them have written to `source`, and may again.
+    team: who sends; they meet before, and have to again before any of them
+      writes to `source`.
     words: all words.
     first: the first row's first one.
     source: `[rows, columns]` in shared memory, bfloat16 or float32.
@@ -240,7 +241,6 @@ def send(
   threads.run(
     what, _emit_send, [words, source], [], [first, start, count, stamp]
   )
-  team.meet()
 
 
 def put(
@@ -262,7 +262,6 @@ def put(
   )
   team.meet()
   threads.run(what, _emit_send, [target, source], [], [0, start, count, 0])
-  team.meet()
 
 
 @dataclasses.dataclass(frozen=True)
