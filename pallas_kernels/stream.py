@@ -162,7 +162,8 @@ class Stream(CtaBase):
       return i
 
     i = lax.fori_loop(0, self.num_layers, layer_stream, I32(0))
-    i = self.stream_weights(i, self.w_lm_head, s.lm_head)
+    of_head = self.s_lm_head if s.lm_head.format.is_packed else None
+    i = self.stream_weights(i, self.w_lm_head, s.lm_head, of_head)
 
     # Every completion of a barrier must be awaited.
     def drain(barrier: Ref, num_chunks: int) -> None:
