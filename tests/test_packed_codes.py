@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_packed import (
+  Gpu,
+  assert_fused_agrees,
   assert_same_bits,
   copied,
+  emulated_step,
+  install,
   on_host,
   random_model,
   shows_memory,
@@ -19,6 +23,7 @@ from test_packed import (
 
 import ffjax
 from ffjax import (
+  device_memory,
   implementation,
   packed,
   packing,
@@ -270,6 +275,59 @@ def test_reference_reads_the_same_head(
     chex.assert_trees_all_close(
       run(made.replace(params=params)), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="codes in loops need JAX 0.11"
+)
+@pytest.mark.parametrize(
+  ("names", "tied"),
+  [
+    ((None, "int8"), True),
+    (("int4_g128", "int8"), True),
+    (("fp8", "int8_g32", "int8"), False),
+  ],
+  ids=str,
+)
+def test_emulated_kernel_agrees_with_the_reference(
+  make_config, names, tied, monkeypatch
+):
+  config = make_config(**{**_SIZES, "vocab_size": 77}, tie_word_embeddings=tied)
+  monkeypatch.setattr(device_memory, "default_device", Gpu)
+  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
+  install(monkeypatch, emulated_step)
+  made = ffjax.pack(quantised(config, *names), num_ctas=4)
+  assert_fused_agrees(made)
+  # Scales of the next unit are seen.
+  scales = dict(made.params.scales)
+  scales["lm_head"] = jnp.roll(scales["lm_head"], 1, axis=-3)
+
+  def with_other_scales(plan, weights, *args):
+    return emulated_step(
+      plan, {**weights, "s_lm_head": scales["lm_head"]}, *args
+    )
+
+  install(monkeypatch, with_other_scales)
+  with pytest.raises(AssertionError):
+    assert_fused_agrees(made)
+
+
+def test_a_table_counts_when_packing_has_to_fit(make_config, monkeypatch):
+  config = make_config(
+    **{**_SIZES, "vocab_size": 5000}, tie_word_embeddings=True
+  )
+  model = quantised(config, "int8", "int8")
+  sources, packed_bytes = (
+    sum(x.nbytes for x in jax.tree.leaves(x.params))
+    for x in (model, ffjax.pack(copied(model), num_ctas=3))
+  )
+  # At the end, that much more is there than before.
+  grown = packed_bytes - sources
+  assert grown > 5000 * 1024 * 2
+  monkeypatch.setattr(device_memory, "free_bytes", lambda _: grown - 1)
+  with pytest.raises(RequestError, match="packing: .* padding takes"):
+    ffjax.pack(model, num_ctas=3)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
 
 
 def test_what_is_looked_up_is_rounded_once(make_config):
