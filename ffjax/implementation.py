@@ -140,7 +140,7 @@ def _fused_plan(model: Model, cache: KVCache) -> tuple[Plan, PackedParams]:
     params.num_ctas,
     device_memory.default_device().device_kind,
     params.chunk_format,
-    params.head_chunk_format,
+    head_format=params.head_chunk_format,
   )
   return plan, params
 
