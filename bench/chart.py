@@ -84,9 +84,10 @@ def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
         continue
       group = (result["flags"]["preset"], m["details"]["prompt"])
       # Weights of few bits are another system.
-      format = result["flags"].get("format")
+      given = result["flags"]
+      stored = stored_as(given.get("format"), given.get("head_format"))
       name, *variant = m["name"].split(":")
-      name = f"{name}, {format}" if format else name
+      name = ", ".join([name, *stored])
       newest.setdefault(group, {})[":".join([name, *variant])] = m
   drawn = {}
   for group, measurements in sorted(newest.items()):
@@ -111,6 +112,12 @@ def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
     made += _published(device, group, sorted(newest))
     drawn[group] = sorted(made, key=lambda bar: bar.step_ms)
   return drawn
+
+
+def stored_as(format: str | None, head_format: str | None) -> list[str]:
+  """Says what is quantised, for the name of what is timed or compiled."""
+  head = head_format and f"{head_format} head"
+  return [name for name in (format, head) if name]
 
 
 def _label(system: str) -> str:

@@ -58,6 +58,9 @@ _CHECKPOINT = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string(
   "format", None, "What random layers are quantised to, if to anything."
 )
+_HEAD_FORMAT = flags.DEFINE_string(
+  "head_format", None, "Likewise embedding and LM head, of 8-bit integers."
+)
 _OWN_BITS = flags.DEFINE_bool(
   "own_bits", False, "Keep the bits that a checkpoint is quantised to."
 )
@@ -398,7 +401,12 @@ _RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
 
 def _run_model(name: str) -> list[Row]:
   if _CHECKPOINT.value is None:
-    model = ffjax.random_model(MODELS[name], seed=0, format_name=_FORMAT.value)
+    model = ffjax.random_model(
+      MODELS[name],
+      seed=0,
+      format_name=_FORMAT.value,
+      head_format=_HEAD_FORMAT.value,
+    )
   elif _OWN_BITS.value:
     model = ffjax.load(_CHECKPOINT.value, keep_quantized=True)
   else:
@@ -427,7 +435,7 @@ def _run_in_process(name: str) -> list[Row]:
     ]
     command += [
       f"--{flag.name}={flag.value}"
-      for flag in (_CHECKPOINT, _FORMAT, _OWN_BITS)
+      for flag in (_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS)
       if flag.value
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -468,6 +476,7 @@ def main(argv: list[str]) -> None:
       ffjax=ffjax.__version__,
       weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
       format=_FORMAT.value,
+      head_format=_HEAD_FORMAT.value,
       own_bits=_OWN_BITS.value,
       rows=[dataclasses.asdict(row) for row in rows],
     )

@@ -12,14 +12,34 @@ import sys
 import jax
 from absl import app, flags
 
+from bench.chart import stored_as
 from bench.models import MODELS
-from ffjax.packed import geometry_of
-from pallas_kernels import aot
+from ffjax import quantized
+from ffjax.packed import chunk_format_of, geometry_of
+from pallas_kernels import aot, formats
 from pallas_kernels.plan import make_plan
 
 _MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "Slots of the cache.")
+_FORMAT = flags.DEFINE_enum(
+  "format", None, list(quantized.FORMATS), "What the layers are quantised to."
+)
+_HEAD_FORMAT = flags.DEFINE_enum(
+  "head_format", None, list(quantized.FORMATS), "Likewise the LM head."
+)
+
+
+def _chunk_format(name: str | None) -> formats.Format:
+  """Returns how the kernel has matrices of a format."""
+  if name is None:
+    return formats.BF16
+  format = quantized.FORMATS[name]
+  matrix = jax.eval_shape(
+    lambda key: quantized.random_matrix(key, (8, 128), format, "bfloat16"),
+    jax.random.key(0),
+  )
+  return chunk_format_of(matrix)
 
 
 def main(argv: list[str]) -> None:
@@ -31,15 +51,23 @@ def main(argv: list[str]) -> None:
   reason = aot.missing()
   if reason is not None:
     sys.exit(f"cannot compile: {reason}")
+  stored = stored_as(_FORMAT.value, _HEAD_FORMAT.value)
   spilled = False
   for model in _MODEL.value:
     for batch in _BATCH.value:
       geometry = geometry_of(MODELS[model])
-      plan = make_plan(geometry, batch, _CAPACITY.value, aot.NUM_SMS)
+      plan = make_plan(
+        geometry,
+        batch,
+        _CAPACITY.value,
+        aot.NUM_SMS,
+        layer_format=_chunk_format(_FORMAT.value),
+        head_format=_chunk_format(_HEAD_FORMAT.value),
+      )
       report = aot.compile_step(plan)
       spilled |= report.spills
       print(
-        f"{model} batch {batch} capacity {_CAPACITY.value}: "
+        f"{', '.join([model, *stored])}, batch {batch} capacity {_CAPACITY.value}: "
         f"{report.registers} registers, "
         f"{report.spill_store_bytes} + {report.spill_load_bytes} bytes spilled, "
         f"{report.stack_bytes} bytes of stack, "

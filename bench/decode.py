@@ -38,7 +38,11 @@ _MIN_P = absl_flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
 
 
 def make_models(
-  config: ffjax.LlamaConfig, names: list[str], dtype: str, format: str | None
+  config: ffjax.LlamaConfig,
+  names: list[str],
+  dtype: str,
+  format: str | None,
+  head_format: str | None = None,
 ) -> tuple[dict[str, ffjax.Model], dict[str, float]]:
   """Makes the model for each implementation, of the same weights.
 
@@ -54,7 +58,8 @@ def make_models(
     made = jax.block_until_ready(make(*args))
     return made, time.perf_counter() - begin
 
-  model, random_s = timed(ffjax.random_model, config, SEED, dtype, format)
+  given = (config, SEED, dtype, format, head_format)
+  model, random_s = timed(ffjax.random_model, *given)
   took = dict(random_s=random_s)
   if "fused" not in names:
     return dict.fromkeys(names, model), took
@@ -63,7 +68,7 @@ def make_models(
   others = [name for name in names if name != "fused"]
   if others:
     try:
-      plain = ffjax.random_model(config, SEED, dtype, format)
+      plain = ffjax.random_model(*given)
       models |= dict.fromkeys(others, plain)
     except RequestError as e:
       print(f"{', '.join(others)} run on packed weights: {e}")
@@ -122,7 +127,13 @@ def main(argv: list[str]) -> None:
     min_p=_MIN_P.value,
   )
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  models, took = make_models(config, names, _DTYPE.value, flags.FORMAT.value)
+  models, took = make_models(
+    config,
+    names,
+    _DTYPE.value,
+    flags.FORMAT.value,
+    flags.HEAD_FORMAT.value,
+  )
   measurements = []
   for length in flags.prompts():
     measurements += measure(
@@ -140,6 +151,7 @@ def main(argv: list[str]) -> None:
       *flags.LOOP,
       _DTYPE,
       flags.FORMAT,
+      flags.HEAD_FORMAT,
       _IMPLEMENTATION,
       _TEMPERATURE,
       _TOP_K,

@@ -13,6 +13,9 @@ PROMPT = flags.DEFINE_list("prompt", ["32"], "Prompt tokens of each.")
 FORMAT = flags.DEFINE_string(
   "format", None, "What the layers' matrices are quantised to, if to anything."
 )
+HEAD_FORMAT = flags.DEFINE_string(
+  "head_format", None, "Likewise embedding and LM head, of 8-bit integers."
+)
 STEPS = flags.DEFINE_integer(
   "steps", 128, "Steps in one timed loop.", lower_bound=1
 )

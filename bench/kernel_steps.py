@@ -109,6 +109,7 @@ class KernelLoop:
       params.num_ctas,
       jax.devices()[0].device_kind,
       params.chunk_format,
+      head_format=params.head_chunk_format,
     )
     if self.in_flight is not None:
       plan = dataclasses.replace(plan, in_flight=self.in_flight)

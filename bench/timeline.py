@@ -62,7 +62,12 @@ def main(argv: list[str]) -> None:
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
   model = ffjax.pack(
-    ffjax.random_model(config, loops.SEED, format_name=flags.FORMAT.value)
+    ffjax.random_model(
+      config,
+      loops.SEED,
+      format_name=flags.FORMAT.value,
+      head_format=flags.HEAD_FORMAT.value,
+    )
   )
   batch, position = flags.BATCH.value, _POSITION.value
   capacity = rounded_capacity(position + 1)
@@ -102,6 +107,7 @@ def main(argv: list[str]) -> None:
       flags.PRESET,
       flags.BATCH,
       flags.FORMAT,
+      flags.HEAD_FORMAT,
       flags.WARM_UPS,
       flags.REPEATS,
       _POSITION,

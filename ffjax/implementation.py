@@ -140,6 +140,7 @@ def _fused_plan(model: Model, cache: KVCache) -> tuple[Plan, PackedParams]:
     params.num_ctas,
     device_memory.default_device().device_kind,
     params.chunk_format,
+    head_format=params.head_chunk_format,
   )
   return plan, params
 
@@ -257,6 +258,7 @@ def _cache_lacks(model: Model, cache: KVCache) -> str | None:
       capacity,
       model.params.num_ctas,
       layer_format=model.params.chunk_format,
+      head_format=model.params.head_chunk_format,
     )
   except geometry.UnsupportedError as e:
     return f"the kernel does not take {e}"

@@ -5,7 +5,7 @@ reads them too, for prompts and for judging the kernel: a layer or a block of
 rows at a time, so that there is never a second copy of the weights.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +23,7 @@ from ffjax.quantized import QuantizedMatrix
 from pallas_kernels import code_packing, formats
 from pallas_kernels import packing as chunks_lib
 from pallas_kernels.geometry import (
-  CHUNK_BYTES,
   CHUNK_COLS,
-  CHUNK_ROWS,
   SEGMENTS,
   UNIT_ROWS,
   Geometry,
@@ -60,15 +58,20 @@ class PackedParams:
     gate_up: likewise.
     down: likewise.
     lm_head: `[P, n, 128, 64]` bfloat16.
-    embedding: likewise, or None if it is the LM head.
+    embedding: likewise, or None if it is the LM head; if it is quantised and not
+      the LM head, itself as it was.
     norms: `[2 L + 1, D']` float32: of each layer before attention and before
       the MLP, then the final one; zeros beyond D.
     norm_dtypes: names of the dtypes that the norms had, as in `NORM_PATHS`.
     scales: by the name of a field above, of codes, the `[L, P, n, rows, 32]` int32
-      beside them; see `pallas_kernels.code_packing`. Chunks then have as many
-      rows as their codes take.
+      beside them, the LM head's without L; see `pallas_kernels.code_packing`.
+      Chunks then have as many rows as their codes take.
+    table: of a quantised embedding, its weights in bfloat16 and in the form of
+      an LM head: what the kernel looks tokens up in. Else None.
     format: what the layers' matrices were quantised to, or None.
     chunk_format: how the kernel has them.
+    head_format: what the LM head was quantised to, or None.
+    head_chunk_format: how the kernel has it.
   """
 
   qkv: jax.Array
@@ -76,14 +79,21 @@ class PackedParams:
   gate_up: jax.Array
   down: jax.Array
   lm_head: jax.Array
-  embedding: jax.Array | None
+  embedding: jax.Array | QuantizedMatrix | None
   norms: jax.Array
   norm_dtypes: tuple[str, ...] = struct.field(pytree_node=False)
   scales: dict[str, jax.Array] = struct.field(default_factory=dict)
+  table: jax.Array | None = None
   format: quantized.Format | None = struct.field(
     pytree_node=False, default=None
   )
   chunk_format: formats.Format = struct.field(
+    pytree_node=False, default=formats.BF16
+  )
+  head_format: quantized.Format | None = struct.field(
+    pytree_node=False, default=None
+  )
+  head_chunk_format: formats.Format = struct.field(
     pytree_node=False, default=formats.BF16
   )
 
@@ -91,6 +101,14 @@ class PackedParams:
   def num_ctas(self) -> int:
     """P, the number of CTAs that the weights are dealt out to."""
     return self.qkv.shape[1]
+
+  @property
+  def quantized_to(self) -> frozenset[quantized.Format]:
+    """Formats of the matrices that were quantised."""
+    found = [self.format, self.head_format]
+    if isinstance(self.embedding, QuantizedMatrix):
+      found.append(self.embedding.format)
+    return frozenset(filter(None, found))
 
   def leaf_dtype(self, path: Path) -> np.dtype:
     """Returns the dtype that a leaf of the parameter tree had, and will have."""
@@ -101,37 +119,59 @@ class PackedParams:
   def leaf_bytes(self, path: Path, shape: tuple[int, ...]) -> int:
     """Returns the bytes of a leaf without padding, given its shape."""
     size = math.prod(shape)
-    is_matrix = path[0] == "layers" and path not in NORM_PATHS
-    if self.format is None or not is_matrix:
+    format, chunk_format = None, formats.BF16
+    if path[0] == "embed_tokens" and self.embedding is not None:
+      if isinstance(self.embedding, QuantizedMatrix):
+        return self.embedding.num_bytes
+    elif path not in NORM_PATHS:
+      name = "qkv" if path[0] == "layers" else "lm_head"
+      format, chunk_format = self.formats_of(name)
+    if format is None:
       return size * self.leaf_dtype(path).itemsize
-    num_scales = size // shape[-1] * self.format.num_groups(shape[-1])
-    entry_bytes = np.dtype(self.chunk_format.scale).itemsize
-    if self.chunk_format.beside == "zero":
+    num_scales = size // shape[-1] * format.num_groups(shape[-1])
+    entry_bytes = np.dtype(chunk_format.scale).itemsize
+    if chunk_format.beside == "zero":
       entry_bytes += 1
-    elif self.chunk_format.beside == "minimum":
+    elif chunk_format.beside == "minimum":
       entry_bytes *= 2
-    return size * self.format.bits // 8 + num_scales * entry_bytes
+    return size * format.bits // 8 + num_scales * entry_bytes
+
+  def formats_of(
+    self, name: str
+  ) -> tuple[quantized.Format | None, formats.Format]:
+    """Returns what a group's chunks were quantised to, and what they are."""
+    if name in LAYER_GROUPS:
+      return self.format, self.chunk_format
+    if name == "lm_head":
+      return self.head_format, self.head_chunk_format
+    return None, formats.BF16
+
+  def stored(self, name: str) -> Any:
+    """Returns a group as it is, beside its scales if there are any."""
+    stored = getattr(self, name)
+    return (stored, self.scales[name]) if name in self.scales else stored
 
   def layer_chunks(self) -> dict[str, Any]:
     """Returns the layers' chunks by group, beside their scales if any."""
-    return {
-      name: (getattr(self, name), self.scales[name])
-      if self.scales
-      else getattr(self, name)
-      for name in LAYER_GROUPS
-    }
+    return {name: self.stored(name) for name in LAYER_GROUPS}
+
+  def lookup_table(self) -> jax.Array:
+    """Returns the chunks, bfloat16, in which tokens are looked up."""
+    if self.table is not None:
+      return self.table
+    assert not isinstance(self.embedding, QuantizedMatrix)
+    return self.lm_head if self.embedding is None else self.embedding
 
   def operands(self) -> dict[str, jax.Array]:
     """Returns what the kernel takes, by its names."""
     scales = {f"s_{name}": array for name, array in self.scales.items()}
-    embedding = self.lm_head if self.embedding is None else self.embedding
     return dict(
       qkv=self.qkv,
       o=self.o,
       gate_up=self.gate_up,
       down=self.down,
       lm_head=self.lm_head,
-      embedding=embedding,
+      embedding=self.lookup_table(),
       norms=self.norms,
       **scales,
     )
@@ -198,7 +238,9 @@ def _matmul(
   num_ctas: int,
   chunk_format: formats.Format = formats.BF16,
 ) -> Matmul:
-  schedule = make_schedule(geometry_of(config), num_ctas, chunk_format)
+  schedule = make_schedule(
+    geometry_of(config), num_ctas, chunk_format, chunk_format
+  )
   # The embedding is looked up, but its table has the LM head's form.
   return getattr(schedule, "lm_head" if name == "embedding" else name)
 
@@ -236,6 +278,14 @@ def pack_matrices(
     code_packing.pack_codes(matmul, joined("codes")),
     code_packing.pack_scales(matmul, joined("scales"), beside),
   )
+
+
+def pack_table(
+  config: LlamaConfig, num_ctas: int, embedding: QuantizedMatrix
+) -> jax.Array:
+  """Makes `PackedParams.table`, of the weights that the reference looks up."""
+  weights = quantized.dequantize(embedding).astype(jnp.bfloat16)
+  return pack_matrices(config, "embedding", num_ctas, [weights])
 
 
 def _join_rows(
@@ -293,29 +343,37 @@ def unpack_matrices(
     lm_head=(c.vocab_size, c.hidden_size),
     embedding=(c.vocab_size, c.hidden_size),
   )[name]
-  part = functools.partial(_part_rows, config, name)
-  if format is None:
-    matmul = _matmul(config, name, packed.shape[0])
-    return part(chunks_lib.unpack_matrix(matmul, packed, *shape))
-  codes, scales = packed
-  matmul = _matmul(config, name, codes.shape[0], chunk_format)
-  codes = part(code_packing.unpack_codes(matmul, codes, *shape))
-  rows, beside_rows = code_packing.unpack_scales(matmul, scales, *shape)
-  beside: Sequence[jax.Array | None] = [None] * len(codes)
-  if beside_rows is not None:
-    beside = part(beside_rows)
+  num_ctas = jax.tree.leaves(packed)[0].shape[0]
+  matmul = _matmul(config, name, num_ctas, chunk_format)
+  # Codes have as many rows as their scales.
+  stored = _unpack_rows(matmul, packed, *shape, format)
+  leaves, structure = jax.tree.flatten(stored)
+  parts = (_part_rows(config, name, rows) for rows in leaves)
   return tuple(
-    QuantizedMatrix(
-      codes=own_codes,
-      scales=own_scales,
-      zeros=own_beside if chunk_format.beside == "zero" else None,
-      minimums=own_beside if chunk_format.beside == "minimum" else None,
-      columns=None,
-      format=format,
-    )
-    for own_codes, own_scales, own_beside in zip(
-      codes, part(rows), beside, strict=True
-    )
+    jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True)
+  )
+
+
+def _unpack_rows(
+  matmul: Matmul,
+  packed: Any,
+  out: int,
+  cols: int,
+  format: quantized.Format | None,
+) -> jax.Array | QuantizedMatrix:
+  """Unpacks a matrix `[out, cols]` whose rows are as the kernel has them."""
+  if format is None:
+    return chunks_lib.unpack_matrix(matmul, packed, out, cols)
+  codes, scales = packed
+  rows, beside = code_packing.unpack_scales(matmul, scales, out, cols)
+  kind = matmul.format.beside
+  return QuantizedMatrix(
+    codes=code_packing.unpack_codes(matmul, codes, out, cols),
+    scales=rows,
+    zeros=beside if kind == "zero" else None,
+    minimums=beside if kind == "minimum" else None,
+    columns=None,
+    format=format,
   )
 
 
@@ -357,7 +415,9 @@ def embed(
   dtype: DType,
 ) -> jax.Array:
   """Looks up the embeddings `[..., D]` of token ids `[...]`, in `dtype`."""
-  table = params.operands()["embedding"]
+  if params.table is not None and dtype != jnp.bfloat16:
+    return _embed_codes(params, config, token_ids).astype(dtype)
+  table = params.lookup_table()
   per_unit = _matmul(config, "embedding", params.num_ctas).chunks_per_unit
   chunks = table.reshape(-1, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
   chunk = jnp.arange(per_unit, dtype=jnp.int32)
@@ -369,6 +429,22 @@ def embed(
   # Segments before chunks and halves.
   rows = jnp.moveaxis(rows, -2, -4).reshape(*token_ids.shape[:-1], -1)
   return rows[..., : config.hidden_size].astype(dtype)
+
+
+def _embed_codes(
+  params: PackedParams, config: LlamaConfig, token_ids: jax.Array
+) -> jax.Array:
+  """Looks up quantised embeddings, float32: the table has them rounded."""
+  if isinstance(params.embedding, QuantizedMatrix):
+    return quantized.dequantize(quantized.rows(params.embedding, token_ids))
+
+  def row(token: jax.Array) -> jax.Array:
+    unit = _head_rows(params, config, token // UNIT_ROWS, UNIT_ROWS)
+    assert isinstance(unit, QuantizedMatrix)
+    return quantized.dequantize(quantized.rows(unit, token % UNIT_ROWS))
+
+  found = jax.lax.map(row, token_ids.reshape(-1))
+  return found.reshape(*token_ids.shape, -1)
 
 
 def hidden_states(
@@ -407,20 +483,41 @@ def logits(
   params: PackedParams, config: LlamaConfig, hidden: jax.Array
 ) -> jax.Array:
   """Does what `Llama.logits` does, one block of the LM head after another."""
-  matmul = _matmul(config, "lm_head", params.num_ctas)
-  chunks = params.lm_head.reshape(-1, CHUNK_ROWS, CHUNK_COLS // 2)
-  unit_bytes = matmul.chunks_per_unit * CHUNK_BYTES
-  block_units = max(1, _BLOCK_BYTES // unit_bytes)
+  matmul = _head_matmul(params, config)
+  block_units = max(1, _BLOCK_BYTES // (UNIT_ROWS * matmul.cols * 2))
 
   def weight(block_idx: jax.Array, num_rows: int) -> jax.Array:
-    block = Matmul(
-      "block", round_up(num_rows, UNIT_ROWS), matmul.cols, num_ctas=1
-    )
-    first = block_idx * (block_units * matmul.chunks_per_unit)
-    some = jax.lax.dynamic_slice_in_dim(chunks, first, block.run_chunks)
-    return chunks_lib.unpack_matrix(
-      block, some[None], num_rows, config.hidden_size
-    )
+    found = _head_rows(params, config, block_idx * block_units, num_rows)
+    if isinstance(found, QuantizedMatrix):
+      return quantized.dequantize(found).astype(hidden.dtype)
+    return found
 
   block_rows = block_units * UNIT_ROWS
   return layerwise.logits(hidden, config.vocab_size, block_rows, weight)
+
+
+def _head_matmul(params: PackedParams, config: LlamaConfig) -> Matmul:
+  return _matmul(config, "lm_head", params.num_ctas, params.head_chunk_format)
+
+
+def _head_rows(
+  params: PackedParams,
+  config: LlamaConfig,
+  first_unit: jax.Array,
+  num_rows: int,
+) -> jax.Array | QuantizedMatrix:
+  """Returns so many of the LM head's rows, from the first one of a unit on."""
+  matmul = _head_matmul(params, config)
+  block = dataclasses.replace(
+    matmul, rows=round_up(num_rows, UNIT_ROWS), num_ctas=1
+  )
+
+  def part(stored: jax.Array) -> jax.Array:
+    chunks = stored.reshape(-1, *stored.shape[2:])
+    first = first_unit * matmul.chunks_per_unit
+    return jax.lax.dynamic_slice_in_dim(chunks, first, block.run_chunks)[None]
+
+  some = jax.tree.map(part, params.stored("lm_head"))
+  return _unpack_rows(
+    block, some, num_rows, config.hidden_size, params.head_format
+  )

@@ -56,11 +56,13 @@ def why_not_model(model: Model) -> str | None:
   for name, paths in packed.groups(model.config).items():
     for path in paths:
       leaf = flat[path]
+      chunk_format = packed.chunk_format_of(leaf)
       if name in packed.LAYER_GROUPS:
-        found[packed.chunk_format_of(leaf)] = leaf
-      elif isinstance(leaf, QuantizedMatrix):
+        found[chunk_format] = leaf
+      elif name == "lm_head" and not _is_taken(chunk_format):
         return (
-          f"the kernel does not take {'.'.join(path)} as {leaf.format.name}"
+          f"the kernel does not take {'.'.join(path)} as"
+          f" {_name(leaf, chunk_format)}"
         )
       if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
         return (
@@ -74,11 +76,16 @@ def why_not_model(model: Model) -> str | None:
       f" {' and '.join(names)}"
     )
   ((chunk_format, leaf),) = found.items()
-  if chunk_format.beside is not None and (
-    chunk_format.scale == "float32" or chunk_format.bits != 4
-  ):
+  if not _is_taken(chunk_format):
     return f"the kernel does not take {_name(leaf, chunk_format)}"
   return None
+
+
+def _is_taken(chunk_format: formats.Format) -> bool:
+  """Returns whether the kernel multiplies a matrix of that format."""
+  return chunk_format.beside is None or (
+    chunk_format.scale != "float32" and chunk_format.bits == 4
+  )
 
 
 def _name(
@@ -101,7 +108,8 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
 
   Args:
     model: with bfloat16 matrices, or with those of the layers quantised to one
-      format. One that is packed is returned as it is.
+      format; embedding and LM head may have others. One that is packed is
+      returned as it is.
     num_ctas: to how many CTAs the weights are dealt out; None is one for each
       SM of the default device. Only packing for another device needs a number.
 
@@ -137,8 +145,14 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   if isinstance(first, QuantizedMatrix):
     fields["format"] = first.format
   fields["chunk_format"] = packed.chunk_format_of(first)
+  head = flat[groups["lm_head"][0]]
+  if isinstance(head, QuantizedMatrix):
+    fields["head_format"] = head.format
+  fields["head_chunk_format"] = packed.chunk_format_of(head)
   for name, paths in groups.items():
     sources = tuple(flat.pop(path) for path in paths)
+    if _needs_table(paths, sources):
+      fields["table"] = _pack_table(sources[0], model.config, p)
     made = _pack_group(sources, model.config, name, p)
     if isinstance(made, tuple):
       made, scales[name] = made
@@ -168,16 +182,19 @@ def unpack(model: Model) -> Model:
   if not isinstance(params, PackedParams):
     return model
   groups = packed.groups(model.config)
-  stored = {name: getattr(params, name) for name in groups}
-  stored |= params.layer_chunks()
+  stored = {name: params.stored(name) for name in groups}
   largest = max(map(_num_bytes, stored.values()))
   device_memory.require(
     largest, "unpacking: a second copy of a part of the model"
   )
+  # The codes that it was made of are there.
+  _delete(params.table)
   flat: dict[Path, jax.Array] = {}
   for name, paths in groups.items():
     source = stored.pop(name)
-    made = _unpack_group(source, model.config, name, *_unpacked_to(params))
+    made = _unpack_group(
+      source, model.config, name, *_unpacked_to(params, name)
+    )
     flat.update(zip(paths, jax.block_until_ready(made), strict=True))
     _delete(source)
   tree = flax.traverse_util.unflatten_dict(flat)
@@ -230,6 +247,9 @@ def _extra_bytes(
       sources,
     )
     made_bytes = _num_bytes(made)
+    if _needs_table(paths, sources):
+      table = functools.partial(_pack_table, config=config, num_ctas=num_ctas)
+      made_bytes += _num_bytes(jax.eval_shape(table, sources[0]))
     most = max(most, grown + made_bytes)
     grown += made_bytes - _num_bytes(sources)
   return most
@@ -245,9 +265,22 @@ def _delete(tree: Any) -> None:
       array.delete()
 
 
-def _unpacked_to(params: PackedParams) -> tuple[Any, ...]:
-  """Returns what `_unpack_group` has to know, all static."""
-  return params.norm_dtypes, params.format, params.chunk_format
+def _unpacked_to(params: PackedParams, name: str) -> tuple[Any, ...]:
+  """Returns what `_unpack_group` has to know of a group, all static."""
+  return params.norm_dtypes, *params.formats_of(name)
+
+
+def _needs_table(paths: tuple[Path, ...], sources: tuple[Any, ...]) -> bool:
+  """Returns whether a group is an embedding that is quantised."""
+  is_embedding = paths[0][0] == "embed_tokens"
+  return is_embedding and isinstance(sources[0], QuantizedMatrix)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_ctas"))
+def _pack_table(
+  embedding: QuantizedMatrix, config: LlamaConfig, num_ctas: int
+) -> jax.Array:
+  return packed.pack_table(config, num_ctas, embedding)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name", "num_ctas"))
@@ -256,6 +289,9 @@ def _pack_group(
 ) -> Any:
   if name == "norms":
     return _pack_norms(config, *sources)
+  if name == "embedding" and isinstance(sources[0], QuantizedMatrix):
+    # It stays as it is. Copied: the source will be deleted.
+    return jax.tree.map(jnp.copy, sources[0])
   pack_one = functools.partial(packed.pack_matrices, config, name, num_ctas)
   if name in ("lm_head", "embedding"):
     return pack_one(sources)
@@ -312,8 +348,10 @@ def _unpack_group(
     rows = source[:, : config.hidden_size]
     parts = (rows[:-1:2], rows[1::2], rows[-1])
     return tuple(x.astype(d) for x, d in zip(parts, norm_dtypes, strict=True))
+  if isinstance(source, QuantizedMatrix):
+    return (jax.tree.map(jnp.copy, source),)
   if name in ("lm_head", "embedding"):
-    return packed.unpack_matrices(config, name, source)
+    return packed.unpack_matrices(config, name, source, format, chunk_format)
   if format is None:
     return jax.lax.map(
       lambda x: packed.unpack_matrices(config, name, x), source
@@ -331,16 +369,16 @@ def _tensor(
   params: PackedParams, layer: jax.Array, config: LlamaConfig, path: Path
 ) -> Any:
   (name,) = (k for k, paths in packed.groups(config).items() if path in paths)
-  source = getattr(params, name)
+  source = params.stored(name)
   stacked = path[0] == "layers"
   if name in packed.LAYER_GROUPS:
     # Only the layer that is wanted.
     source = jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1),
-      params.layer_chunks()[name],
+      source,
     )
     layer = jnp.zeros_like(layer)
-  made = _unpack_group(source, config, name, *_unpacked_to(params))
+  made = _unpack_group(source, config, name, *_unpacked_to(params, name))
   leaf = made[packed.groups(config)[name].index(path)]
   if not stacked:
     return leaf

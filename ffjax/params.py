@@ -81,7 +81,7 @@ class Model:
   def formats(self) -> frozenset[Format]:
     """Formats of the matrices that are quantised."""
     if isinstance(self.params, PackedParams):
-      return frozenset(filter(None, [self.params.format]))
+      return self.params.quantized_to
     return frozenset(
       leaf.format
       for leaf in flax.traverse_util.flatten_dict(self.params).values()

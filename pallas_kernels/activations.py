@@ -104,19 +104,19 @@ class Activations(CtaBase):
 
     Commits them: products may follow.
     """
-    lm_head = self.plan.schedule.lm_head
-    per_unit = lm_head.chunks_per_unit
+    table = self.plan.embedding
+    per_unit = table.chunks_per_unit
     first, _ = self.runs["o"]
     chunk = CHUNK_ROWS * (CHUNK_COLS // 2)
 
     def sequence(b: Index) -> None:
       token = self.token_ids[b]
       unit, row = token // UNIT_ROWS, lax.rem(token, I32(UNIT_ROWS))
-      owner, local = unit // lm_head.run, lax.rem(unit, I32(lm_head.run))
+      owner, local = unit // table.run, lax.rem(unit, I32(table.run))
       embedding.embed(
         self.team,
         self.embedding,
-        (owner * lm_head.run_chunks + local * per_unit) * chunk
+        (owner * table.run_chunks + local * per_unit) * chunk
         + row * (SEGMENTS * CHUNK_COLS // 2),
         self.x,
         b * self.sequence_bytes,

@@ -37,6 +37,7 @@ class CtaBase:
   s_o: Ref
   s_gate_up: Ref
   s_down: Ref
+  s_lm_head: Ref
   w_lm_head: Ref
   embedding: Ref
   emitted: Ref

@@ -406,10 +406,10 @@ class _Step:
 
   def _embed(self) -> None:
     """Takes the tokens' rows out of the packed table."""
-    lm_head = self._plan.schedule.lm_head
-    per_unit = lm_head.chunks_per_unit
+    table = self._plan.embedding
+    per_unit = table.chunks_per_unit
     for b, token in enumerate(self._token_ids[: self._plan.batch]):
-      cta, unit = divmod(token // UNIT_ROWS, lm_head.run)
+      cta, unit = divmod(token // UNIT_ROWS, table.run)
       chunks = self._ops["embedding"][cta, unit * per_unit :][:per_unit]
       chunks = chunks.reshape(-1, 2, UNIT_ROWS, SEGMENTS, CHUNK_COLS // 2)
       row = chunks[:, :, token % UNIT_ROWS]  # chunk, half, segment

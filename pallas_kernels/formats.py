@@ -1,4 +1,4 @@
-"""How the weights of the layers are stored: the one table of formats.
+"""How layers and LM head are stored: the one table of formats.
 
 A format says what is in a chunk: bfloat16 itself, or codes of 8 or 4 bits in the
 order in which threads take them to the tensor core, and beside them the scales of

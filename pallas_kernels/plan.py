@@ -119,6 +119,16 @@ class Plan:
     return Part(self.geometry.head_dim, self.geometry.group)
 
   @property
+  def embedding(self) -> Matmul:
+    """How the embedding is laid out: as an LM head in bfloat16.
+
+    It is looked up and never multiplied, so that few bits would save nothing.
+    """
+    return dataclasses.replace(
+      self.schedule.lm_head, name="embedding", format=BF16
+    )
+
+  @property
   def x_tiles(self) -> int:
     """Of how many times 1,024 columns shared memory holds the activations.
 
@@ -211,6 +221,7 @@ def make_plan(
   num_ctas: int,
   device_kind: str | None = None,
   layer_format: Format = BF16,
+  head_format: Format = BF16,
   compute_wgs: int | None = None,
 ) -> Plan:
   """Plans the step of a model for a batch, a capacity and a number of CTAs.
@@ -222,13 +233,14 @@ def make_plan(
     num_ctas: P.
     device_kind: what it will run on, for `tuning`; None if unknown.
     layer_format: how the layers' matrices are stored.
+    head_format: how the LM head is; the embedding's rows are bfloat16.
     compute_wgs: warpgroups of a CTA that compute, 1 or 2; None for what `tuning`
       has.
 
   Raises:
     UnsupportedError: if shared memory leaves too little for the stream.
   """
-  schedule = make_schedule(geometry, num_ctas, layer_format)
+  schedule = make_schedule(geometry, num_ctas, layer_format, head_format)
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
   if compute_wgs is None:
     compute_wgs = tuning.compute_wgs(
@@ -276,7 +288,8 @@ def operand_shapes(
   scales = {
     f"s_{m.name}": (
       (
-        *(n, plan.num_ctas, m.run_chunks),
+        *(() if m is s.lm_head else (n,)),
+        *(plan.num_ctas, m.run_chunks),
         *(m.format.scale_rows(m.tiles), ROW_BYTES // 4),
       ),
       jnp.int32,
@@ -304,7 +317,7 @@ def operand_shapes(
     w_down=packed(s.down, n),
     **scales,
     w_lm_head=packed(s.lm_head),
-    embedding=packed(s.lm_head),
+    embedding=packed(plan.embedding),
     emitted=((max_steps, MAX_BATCH), jnp.int32),
     words=((plan.num_words, 2), jnp.int32),
     k_cache=cache,

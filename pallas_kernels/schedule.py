@@ -107,14 +107,18 @@ class Schedule:
 
 
 def make_schedule(
-  geometry: Geometry, num_ctas: int, layer_format: Format = BF16
+  geometry: Geometry,
+  num_ctas: int,
+  layer_format: Format = BF16,
+  head_format: Format = BF16,
 ) -> Schedule:
   """Deals the matrices of a model out to `num_ctas` CTAs.
 
   Args:
     geometry: the model.
     num_ctas: P.
-    layer_format: how the layers' matrices are stored; the LM head is bfloat16.
+    layer_format: how the layers' matrices are stored.
+    head_format: how the LM head is.
   """
   g = geometry
   d = g.padded_hidden_size
@@ -132,7 +136,7 @@ def make_schedule(
         rows,
         cols,
         num_ctas,
-        BF16 if name == "lm_head" else layer_format,
+        head_format if name == "lm_head" else layer_format,
       )
       for name, (rows, cols) in sizes.items()
     }

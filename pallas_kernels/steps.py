@@ -85,8 +85,9 @@ def operands(
 
   Args:
     plan: sizes and schedule.
-    packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (the LM head
-      if tied) and `norms`, see `packing`; and of codes `s_qkv` and so on.
+    packed: `qkv`, `o`, `gate_up`, `down`, `lm_head`, `embedding` (in bfloat16;
+      the LM head if it is that and tied) and `norms`, see `packing`; and of
+      codes `s_qkv` and so on.
     token_ids: `[B]` int32.
     positions: `[B]` int32, tokens in the cache so far, below S where active.
     active: `[B]` bool; the caches of other sequences are left alone.

@@ -206,7 +206,8 @@ class Stream(CtaBase):
     place = lax.fori_loop(
       0, self.num_layers, layer_stream, Place(I32(0), I32(0))
     )
-    place = self.stream_weights(place, self.w_lm_head, s.lm_head)
+    of_head = self.s_lm_head if s.lm_head.format.is_packed else None
+    place = self.stream_weights(place, self.w_lm_head, s.lm_head, of_head)
     i = place.i
 
     # Every completion of a barrier must be awaited.

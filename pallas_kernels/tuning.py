@@ -32,11 +32,14 @@ def compute_wgs(bits: int, hidden_size: int, batch: int) -> int:
 
   A second one is worth it where computing, or receiving activations, is what
   memory waits for; else its meetings only cost. On an H100 that is a model of few
-  bits of D = 2,048, not of 4,096, and 8 sequences (bench/LOG.md).
+  bits of D = 2,048, not of 4,096, and 8 sequences of bfloat16 (bench/LOG.md). With
+  many sequences, codes take more registers than there are for two.
 
   Args:
     bits: of a weight of the layers.
     hidden_size: D.
     batch: B.
   """
-  return 2 if batch >= 4 or (bits < 16 and hidden_size < 4096) else 1
+  if bits < 16:
+    return 2 if batch == 1 and hidden_size < 4096 else 1
+  return 2 if batch >= 4 else 1

@@ -55,6 +55,7 @@ class Case:
     positions: of the new tokens, one per sequence.
     active: whether each sequence's cache is to grow.
     layer_format: how the layers' matrices are stored.
+    head_format: how the LM head is.
   """
 
   geometry: Geometry
@@ -63,6 +64,7 @@ class Case:
   positions: tuple[int, ...]
   active: tuple[bool, ...] = (True,)
   layer_format: Format = BF16
+  head_format: Format = BF16
 
 
 # The ninth has no units but the LM head's last one.
@@ -148,7 +150,7 @@ def make_step(case):
     v_cache=normal(*cache).astype(_BF16),
     codes={},
   )
-  return with_codes(case, step) if case.layer_format.is_packed else step
+  return with_codes(case, step)
 
 
 def _norm(x, weight, eps):
@@ -259,34 +261,44 @@ def random_codes(rng, shape, f):
 
 
 def with_codes(case, s):
-  """Returns a step whose layers' matrices are random codes."""
+  """Returns a step whose matrices are random codes, where the case wants some."""
   rng = np.random.default_rng(0)
+  formats = dict.fromkeys(
+    ("q", "k", "v", "o", "gate", "up", "down"), case.layer_format
+  )
+  formats["lm_head"] = case.head_format
   made = {
-    name: random_codes(rng, getattr(s, name).shape, case.layer_format)
-    for name in ("q", "k", "v", "o", "gate", "up", "down")
+    name: random_codes(rng, getattr(s, name).shape, f)
+    for name, f in formats.items()
+    if f.is_packed
   }
+  weights = {name: w.astype(_BF16) for name, (_, w) in made.items()}
+  if "lm_head" in made and case.geometry.tie_word_embeddings:
+    weights["embedding"] = weights["lm_head"]
   return dataclasses.replace(
-    s,
-    codes={name: stored for name, (stored, _) in made.items()},
-    **{name: weights.astype(_BF16) for name, (_, weights) in made.items()},
+    s, codes={name: stored for name, (stored, _) in made.items()}, **weights
   )
 
 
 def pack_codes(case, plan, s):
-  """Returns the operands of the layers' matrices, which are codes."""
+  """Returns the operands of the matrices that are codes."""
   operands = {}
-  for m in plan.schedule.matmuls[:-1]:
-    names = list("qkv") if m.name == "qkv" else m.name.split("_")
+  parts_of = dict(qkv=tuple("qkv"), gate_up=("gate", "up"))
+  for m in plan.schedule.matmuls:
+    if not m.format.is_packed:
+      continue
+    names = parts_of.get(m.name, (m.name,))
 
-    def joined(n, name=m.name, names=tuple(names)):
+    def joined(n, name=m.name, names=names):
       parts = [s.codes[x][n] for x in names]
       if parts[0] is None:
         return None
       if name == "gate_up":
         return packing.interleave(*parts)
-      rows = jnp.concatenate(parts, axis=1)
       if name == "qkv":
+        rows = jnp.concatenate(parts, axis=1)
         return packing.permute_heads(rows, case.geometry.head_dim)
+      (rows,) = parts
       return rows
 
     operands[f"w_{m.name}"] = code_packing.pack_codes(m, joined(0))
@@ -322,26 +334,25 @@ def pack(case, plan, s):
     norms=jnp.pad(
       s.norms, ((0, 0), (0, g.padded_hidden_size - g.hidden_size))
     ).reshape(operand_shapes(plan)["norms"][0]),
-    w_lm_head=packing.pack_matrix(m.lm_head, s.lm_head),
-    embedding=packing.pack_matrix(m.lm_head, s.embedding),
+    embedding=packing.pack_matrix(plan.embedding, s.embedding),
     emitted=jnp.full((2, 8), -1, jnp.int32),
     words=jnp.asarray(last_step),
     k_cache=s.k_cache,
     v_cache=s.v_cache,
   )
-  if s.codes:
-    operands |= pack_codes(case, plan, s)
-  else:
-    rows = dict(
-      qkv=packing.permute_heads(qkv, g.head_dim),
-      o=s.o,
-      gate_up=packing.interleave(s.gate, s.up),
-      down=s.down,
-    )
-    operands |= {
-      f"w_{name}": packing.pack_matrix(getattr(m, name), x)
-      for name, x in rows.items()
-    }
+  rows = dict(
+    qkv=packing.permute_heads(qkv, g.head_dim),
+    o=s.o,
+    gate_up=packing.interleave(s.gate, s.up),
+    down=s.down,
+    lm_head=s.lm_head,
+  )
+  operands |= {
+    f"w_{x.name}": packing.pack_matrix(x, rows[x.name])
+    for x in m.matmuls
+    if not x.format.is_packed
+  }
+  operands |= pack_codes(case, plan, s)
   expected = operand_shapes(plan, 2)
   operands = {name: operands[name] for name in expected}
   assert {k: (x.shape, x.dtype) for k, x in operands.items()} == {
@@ -393,6 +404,7 @@ def plan_of(case):
     case.capacity,
     case.num_ctas,
     layer_format=case.layer_format,
+    head_format=case.head_format,
   )
 
 

@@ -288,6 +288,7 @@ def test_decode_from_end_to_end(tmp_path):
     "bench.decode",
     "--preset=tiny-llama",
     "--implementation=reference",
+    "--head_format=int8",
     "--prompt=8",
     "--steps=3",
     "--repeats=2",
@@ -299,6 +300,7 @@ def test_decode_from_end_to_end(tmp_path):
   read = harness.load(path)
   assert read["commit"] == {"hash": "abc", "dirty": None}
   assert read["flags"]["implementation"] == ["reference"]
+  assert read["flags"]["head_format"] == "int8"
   (m,) = read["measurements"]
   assert len(m["samples"]) == 2
   assert m["check"]["passed"]
@@ -396,6 +398,14 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   _write(
     folder, "3.json", _result(_measurement(samples=[0.1]), temperature=1.0)
   )
+  for i, (ms, flags) in enumerate(
+    [
+      (2.25, dict(format="int4_g128", head_format=None)),
+      (2.0, dict(format="int4_g128", head_format="int8")),
+      (2.4, dict(format=None, head_format="int8")),
+    ]
+  ):
+    _write(folder, f"few{i}.json", _result(_measurement(samples=[ms]), **flags))
   phases = _result(_measurement(name="kernel", samples=[0.1]))
   _write(folder, "4.json", dataclasses.replace(phases, bench="bench.phases"))
   (folder / "old.json").write_text('{"step_ms": 1.0}')
@@ -404,7 +414,13 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   assert list(groups) == [("llama-3.2-1b", 32)]
   bars = groups["llama-3.2-1b", 32]
   measured = {b.label: b.step_ms for b in bars if b.kind != "published"}
-  assert measured == {"ffjax, fused": 2.5, "plain JAX, unrolled": 4.0}
+  assert measured == {
+    "ffjax, fused": 2.5,
+    "ffjax, fused, int4_g128": 2.25,
+    "ffjax, fused, int4_g128, int8 head": 2.0,
+    "ffjax, fused, int8 head": 2.4,
+    "plain JAX, unrolled": 4.0,
+  }
   others = [b for b in bars if b.kind == "published"]
   assert len(others) == len(published.of("h100", "llama-3.2-1b")) > 0
   assert all(b.note in ("published", "measured by us") for b in others)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from interpreted_step import (
 )
 from test_kernel_codes import FORMATS
 
+from pallas_kernels.formats import BF16
 from pallas_kernels.plan import LM_HEAD, QKV
 
 # Several chunks in a row, of 4 bits too, and padding of rows and columns.
@@ -59,6 +61,28 @@ def test_three_sequences_of_padded_rows(name, num_ctas):
   case = Case(_LONG, num_ctas, 128, (5, 64, 0), active, FORMATS[name])
   assert plan_of(case).schedule.down.chunks_per_unit > 1
   _check(case)
+
+
+# An LM head of its own and one that is the embedding, of several chunks in a row,
+# with layers of other codes and of none.
+@pytest.mark.parametrize(
+  ("geometry", "layer_format", "head_format", "num_ctas"),
+  [
+    (TINY, "int4_g128", "int8", 3),
+    (_LONG, "int8", "int8_g32", 5),
+    (_LONG, None, "int8", 132),
+  ],
+)
+def test_head(geometry, layer_format, head_format, num_ctas):
+  layers = BF16 if layer_format is None else FORMATS[layer_format]
+  formats = layers, FORMATS[head_format]
+  case = Case(geometry, num_ctas, 128, (5, 64), (True,) * 2, *formats)
+  trace = _check(case)
+  s = make_step(case)
+  operands = pack(case, plan_of(case), s)
+  wrong = {**operands, "s_lm_head": jnp.roll(operands["s_lm_head"], 1, axis=-1)}
+  found = emulator.run(plan_of(case), wrong)
+  assert (found.logits != trace.logits).any()
 
 
 def test_number_of_ctas_changes_nothing():

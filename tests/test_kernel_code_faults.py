@@ -12,12 +12,17 @@ if interpreter.missing():
 
 from interpreted_step import TINY, Case, check
 
-from pallas_kernels.formats import Format
+from pallas_kernels.formats import BF16, Format
 
 _LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
 # Of rows of 128, four groups; each has its scale and zero point.
 _CASE = Case(
   _LAYER, 1, 64, (2,), layer_format=Format(4, group=32, beside="zero")
+)
+
+# Rows of the head have a scale each.
+_HEAD = dataclasses.replace(
+  _CASE, layer_format=BF16, head_format=Format(8, scale="float32")
 )
 
 
@@ -76,11 +81,33 @@ _FAULTS = {
 }
 
 
+_FAULTS_OF_HEAD = {
+  "scales of the row below": _change(
+    _entries_changed(lambda x: jnp.roll(x, 8, axis=-2)), "s_lm_head"
+  ),
+  "scales of the next unit": _change(
+    lambda x: jnp.roll(x, 1, axis=-3), "s_lm_head"
+  ),
+  "codes without a sign": _change(
+    _bytes_changed(lambda x: x ^ 0x80), "w_lm_head"
+  ),
+}
+
+
 @pytest.mark.parametrize("perturb", _FAULTS.values(), ids=_FAULTS.keys())
 def test_fault_is_found(perturb):
   with pytest.raises(AssertionError, match="logits|new rows"):
     check(_CASE, perturb=perturb, detect_races=False)
 
 
-def test_without_a_fault_nothing_is_found():
-  check(_CASE, detect_races=False)
+@pytest.mark.parametrize(
+  "perturb", _FAULTS_OF_HEAD.values(), ids=_FAULTS_OF_HEAD.keys()
+)
+def test_fault_of_the_head_is_found(perturb):
+  with pytest.raises(AssertionError, match="logits"):
+    check(_HEAD, perturb=perturb, detect_races=False)
+
+
+@pytest.mark.parametrize("case", [_CASE, _HEAD], ids=["layers", "head"])
+def test_without_a_fault_nothing_is_found(case):
+  check(case, detect_races=False)

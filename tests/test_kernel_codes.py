@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pallas_kernels import interpreter
-from pallas_kernels.formats import Format
+from pallas_kernels.formats import BF16, Format
 
 if interpreter.missing() is not None:
   pytest.skip(interpreter.missing(), allow_module_level=True)
@@ -38,6 +38,32 @@ _LONG = {"int4_g32_asym": 4224, "fp8": 2176}
 @pytest.mark.parametrize("name", FORMATS)
 def test_step(name):
   check(Case(TINY, 3, 64, (5,), layer_format=FORMATS[name]), detect_races=False)
+
+
+# One scale of each of the head's rows, or eight of it in a chunk, beside layers of
+# other codes and of none.
+@pytest.mark.parametrize(
+  ("layer_format", "head_format"),
+  [("int4_g128", "int8"), (None, "int8"), ("fp8", "int8_g32")],
+)
+def test_head(layer_format, head_format):
+  layers = BF16 if layer_format is None else FORMATS[layer_format]
+  geometry = dataclasses.replace(TINY, num_hidden_layers=1)
+  case = Case(
+    geometry, 3, 64, (5,), layer_format=layers, head_format=FORMATS[head_format]
+  )
+  check(case, detect_races=False)
+
+
+def test_head_of_its_own():
+  # Rows that are not whole units, three chunks in each, and CTAs without any.
+  geometry = dataclasses.replace(
+    _WIDE, hidden_size=2176, intermediate_size=320, vocab_size=42
+  )
+  formats = FORMATS["int4_g64"], FORMATS["int8"]
+  case = Case(geometry, 5, 64, (5, 9), (True, True), *formats)
+  assert plan_of(case).schedule.lm_head.chunks_per_unit == 3
+  check(case, detect_races=False)
 
 
 @pytest.mark.parametrize("name", _LONG)

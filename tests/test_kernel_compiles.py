@@ -82,6 +82,20 @@ def test_a_kernel_that_counts_its_time_compiles():
   assert not report.spills
 
 
+def test_no_register_spills_with_codes_in_the_head():
+  # CI runs the command for a batch of 8, too.
+  done = _run(
+    "--model=llama-3.2-1b",
+    "--batch=1",
+    "--format=int4_g128",
+    "--head_format=int8",
+  )
+  assert done.returncode == 0, done.stderr
+  (line,) = done.stdout.splitlines()
+  assert "llama-3.2-1b, int4_g128, int8 head, batch 1 " in line
+  assert " 0 + 0 bytes spilled" in line
+
+
 # Of rows as long as 4,096, chunks are as wide as they get.
 @pytest.mark.parametrize(
   ("layer_format", "batch", "hidden_size"),

@@ -115,7 +115,10 @@ def _started(model, batch, sampling=decode.GREEDY):
   "fields", [_EVEN, _ODD, _WIDE_HEADS], ids=["even", "odd", "wide heads"]
 )
 def test_error_is_that_of_bfloat16(make_config, fields, batch):
-  model = _packed(make_config, fields)
+  _assert_error_is_that_of_bfloat16(_packed(make_config, fields), batch)
+
+
+def _assert_error_is_that_of_bfloat16(model, batch):
   # Past the edge of a tile of 64 keys, in some sequences.
   prompts = _random_prompts(model, [70, 2, 64, 65, 5, 3, 66, 40][:batch])
   theirs, ours = (
@@ -127,6 +130,17 @@ def test_error_is_that_of_bfloat16(make_config, fields, batch):
   assert ours.implementations == ("reference_float32", "fused")
   assert 0 < theirs.relative_logit_error
   assert ours.relative_logit_error <= _MOST_ERROR * theirs.relative_logit_error
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layer_format", [None, "int4_g128"])
+def test_error_with_codes_in_the_head(make_config, layer_format, tied, batch):
+  config = make_config(**{**_EVEN, "tie_word_embeddings": tied})
+  made = ffjax.random_model(
+    config, seed=0, format_name=layer_format, head_format="int8"
+  )
+  _assert_error_is_that_of_bfloat16(ffjax.pack(made), batch)
 
 
 def test_greedy_tokens_are_the_reference_s_or_part_at_a_tie(tiny_llama):

@@ -743,7 +743,12 @@ def test_emulated_kernel_agrees_with_the_reference(config, hopper, monkeypatch):
   """Orders of rows, halves of heads, norms, angles: all must be the kernel's."""
   install(monkeypatch, emulated_step)
   # Sharper, a tie in attention could outweigh all else.
-  model = ffjax.pack(random_model(config, factor=2), num_ctas=4)
+  assert_fused_agrees(ffjax.pack(random_model(config, factor=2), num_ctas=4))
+
+
+def assert_fused_agrees(model):
+  """Compares steps of a packed model, whatever is in the kernel's place."""
+  config = model.config
   exact = decode.KVCache.create(config, 2, 64, np.float32)
   ours = theirs = decode.KVCache.create(config, 2, 64, jnp.bfloat16)
   fused = implementation.resolve("fused", model, ours).step

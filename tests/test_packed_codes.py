@@ -9,10 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_packed import assert_same_bits, copied, on_host, random_model
+from test_packed import (
+  Gpu,
+  assert_fused_agrees,
+  assert_same_bits,
+  copied,
+  emulated_step,
+  install,
+  on_host,
+  random_model,
+  shows_memory,
+)
 
 import ffjax
-from ffjax import implementation, packed, packing, params, quantized
+from ffjax import (
+  device_memory,
+  implementation,
+  packed,
+  packing,
+  params,
+  quantized,
+  quantized_model,
+)
 from ffjax.cache import KVCache
 from ffjax.errors import RequestError
 from ffjax.implementation import reference_hidden, reference_logits
@@ -35,7 +53,17 @@ _OTHERS = {
   "float16 zeros": ("int4_g128_asym", "float16", "zeros"),
   "float32 scales": ("int8", "float32", None),
 }
+# Of layers, LM head and embedding; None is bfloat16. The last is that of a head of
+# its own.
+_HEADS = [
+  (None, "int8", "int8"),
+  ("int4_g128", "int8", "int8"),
+  ("fp8", "int8_g32", "int8_g32"),
+  ("int8", "int8", None),
+  ("int8_g64", None, "int4_g32_asym"),
+]
 _DOWN = ("layers", "mlp", "down_proj", "weight")
+_HEAD = ("lm_head", "weight")
 _VALUE = ("layers", "self_attn", "v_proj", "weight")
 
 
@@ -87,10 +115,17 @@ def _random_matrix(rng, shape, format):
 
 
 @functools.cache
-def _matrices(config, name):
+def _matrices(config, name, head, embedding):
   rng = np.random.default_rng(0)
-  formats = params.matrix_formats(config, name)
+  formats = {} if name is None else params.matrix_formats(config, name)
   shapes = {leaf.path: leaf.shape for leaf in params.leaves(config)}
+  tied = config.tie_word_embeddings
+  for module, own in (
+    ("embed_tokens", head if tied else embedding),
+    ("lm_head", None if tied else head),
+  ):
+    if own is not None:
+      formats[module, "weight"] = FORMATS[own]
   made = {
     path: _random_matrix(rng, shapes[path], format)
     for path, format in formats.items()
@@ -98,12 +133,20 @@ def _matrices(config, name):
   return jax.tree.map(np.asarray, made)
 
 
-def quantised(config, name):
-  """Returns a random model, by the name of a format or of `_OTHERS`."""
+def quantised(config, name, head=None, embedding=None):
+  """Returns a random model, by the name of a format or of `_OTHERS`.
+
+  Args:
+    config: the model.
+    name: of the layers' format; None if they are bfloat16.
+    head: the LM head's likewise.
+    embedding: the embedding's, if it is not the LM head.
+  """
   name, dtype, beside = _OTHERS.get(name, (name, None, None))
   model = random_model(config)
   flat = flax.traverse_util.flatten_dict(model.params)
-  flat |= jax.tree.map(jnp.asarray, _matrices(config, name))
+  made = _matrices(config, name, head, embedding)
+  flat |= jax.tree.map(jnp.asarray, made)
   model = model.replace(params=flax.traverse_util.unflatten_dict(flat))
   if dtype is None:
     return model
@@ -112,7 +155,21 @@ def quantised(config, name):
 
 @pytest.mark.parametrize("name", [*FORMATS, *_OTHERS])
 def test_unpack_undoes_pack_and_no_byte_more_is_read(config, name):
-  model = quantised(config, name)
+  _check_round_trip(quantised(config, name))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("names", _HEADS, ids=str)
+def test_unpack_undoes_pack_of_heads(make_config, names, tied):
+  config = make_config(**_SIZES, tie_word_embeddings=tied)
+  made = _check_round_trip(quantised(config, *names))
+  _, head, embedding = names
+  looked_up = head if tied else embedding
+  assert (made.params.table is None) == (looked_up is None)
+  assert ("lm_head" in made.params.scales) == (head is not None)
+
+
+def _check_round_trip(model):
   expected = on_host(copied(model))
   made = ffjax.pack(model, num_ctas=5)
   assert all(x.is_deleted() for x in jax.tree.leaves(model.params))
@@ -125,17 +182,23 @@ def test_unpack_undoes_pack_and_no_byte_more_is_read(config, name):
   again = ffjax.unpack(made)
   assert all(x.is_deleted() for x in jax.tree.leaves(made.params))
   assert_same_bits(again.params, expected.params)
+  return made
 
 
-@pytest.mark.parametrize("name", ["int4_g64", "int8", "minimums"])
-def test_all_operands_are_what_the_kernel_takes(config, name):
-  made = ffjax.pack(quantised(config, name), num_ctas=3)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+  "names", [("int4_g64",), ("int8",), ("minimums",), *_HEADS], ids=str
+)
+def test_all_operands_are_what_the_kernel_takes(make_config, names, tied):
+  config = make_config(**_SIZES, tie_word_embeddings=tied)
+  made = ffjax.pack(quantised(config, *names), num_ctas=3)
   plan = make_plan(
     packed.geometry_of(config),
     2,
     64,
     3,
     layer_format=made.params.chunk_format,
+    head_format=made.params.head_chunk_format,
   )
   shapes = operand_shapes(plan)
   operands = made.params.operands()
@@ -172,9 +235,158 @@ def test_reference_reads_the_same_weights(config, name):
   assert float(jnp.std(expected[0])) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["int4_g32_asym", "float32 scales"])
-def test_single_tensors_are_those_of_the_tree(config, name):
-  model = quantised(config, name)
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="codes in loops need JAX 0.11"
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+  "names",
+  [(None, "int8", "int8"), ("float32 scales", "int8_g32", "int4_g32_asym")],
+  ids=str,
+)
+def test_reference_reads_the_same_head(
+  make_config, names, tied, dtype, monkeypatch
+):
+  config = make_config(**_SIZES, num_hidden_layers=1, tie_word_embeddings=tied)
+  model = quantised(config, *names)
+  token_ids = np.asarray([[1, 40, 9, 7], [3, 2, 0, 0]], np.int32)
+  lengths = np.asarray([4, 2], np.int32)
+
+  @jax.jit
+  def run(model):
+    cache = KVCache.create(model.config, 2, 8, dtype)
+    hidden, cache = reference_hidden(model, token_ids, lengths, cache)
+    return reference_logits(model, hidden), cache
+
+  expected = run(model)
+  made = ffjax.pack(model, num_ctas=3)
+  # Three blocks of the LM head, the last one not whole.
+  monkeypatch.setattr(packed, "_BLOCK_BYTES", 16 * 1024 * 2)
+  chex.assert_trees_all_close(run(made), expected, rtol=1e-5, atol=1e-5)
+  assert float(jnp.std(expected[0])) > 1e-2
+  # A unit's scales at its neighbour are seen.
+  scales = {
+    name: jnp.roll(x, name == "lm_head", axis=-3)
+    for name, x in made.params.scales.items()
+  }
+  params = dataclasses.replace(made.params, scales=scales)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(
+      run(made.replace(params=params)), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="codes in loops need JAX 0.11"
+)
+@pytest.mark.parametrize(
+  ("names", "tied"),
+  [
+    ((None, "int8"), True),
+    (("int4_g128", "int8"), True),
+    (("fp8", "int8_g32", "int8"), False),
+  ],
+  ids=str,
+)
+def test_emulated_kernel_agrees_with_the_reference(
+  make_config, names, tied, monkeypatch
+):
+  config = make_config(**{**_SIZES, "vocab_size": 77}, tie_word_embeddings=tied)
+  monkeypatch.setattr(device_memory, "default_device", Gpu)
+  monkeypatch.setattr(implementation, "_machine_lacks", lambda: None)
+  install(monkeypatch, emulated_step)
+  made = ffjax.pack(quantised(config, *names), num_ctas=4)
+  assert_fused_agrees(made)
+  # Scales of the next unit are seen.
+  scales = dict(made.params.scales)
+  scales["lm_head"] = jnp.roll(scales["lm_head"], 1, axis=-3)
+
+  def with_other_scales(plan, weights, *args):
+    return emulated_step(
+      plan, {**weights, "s_lm_head": scales["lm_head"]}, *args
+    )
+
+  install(monkeypatch, with_other_scales)
+  with pytest.raises(AssertionError):
+    assert_fused_agrees(made)
+
+
+def test_a_table_counts_when_packing_has_to_fit(make_config, monkeypatch):
+  config = make_config(
+    **{**_SIZES, "vocab_size": 5000}, tie_word_embeddings=True
+  )
+  model = quantised(config, "int8", "int8")
+  sources, packed_bytes = (
+    sum(x.nbytes for x in jax.tree.leaves(x.params))
+    for x in (model, ffjax.pack(copied(model), num_ctas=3))
+  )
+  # At the end, that much more is there than before.
+  grown = packed_bytes - sources
+  assert grown > 5000 * 1024 * 2
+  monkeypatch.setattr(device_memory, "free_bytes", lambda _: grown - 1)
+  with pytest.raises(RequestError, match="packing: .* padding takes"):
+    ffjax.pack(model, num_ctas=3)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
+
+
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11), reason="codes in loops need JAX 0.11"
+)
+def test_what_is_looked_up_is_rounded_once(make_config):
+  config = make_config(**_SIZES, tie_word_embeddings=True)
+  model = quantised(config, None, "int8")
+  token_ids = jnp.arange(config.vocab_size, dtype=jnp.int32)
+  exact, rounded = (
+    np.asarray(quantized_model.embed(model.params, token_ids, dtype))
+    for dtype in (jnp.float32, jnp.bfloat16)
+  )
+  assert (exact != rounded.astype(np.float32)).any()
+  made = ffjax.pack(model, num_ctas=3).params
+  for expected in (exact, rounded):
+    ours = packed.embed(made, config, token_ids, expected.dtype)
+    assert_same_bits(ours, expected)
+
+
+@shows_memory
+def test_a_head_of_true_size_takes_no_temporary_arrays():
+  config = ffjax.preset("llama-3.2-1b")
+  head = jax.eval_shape(
+    lambda key: quantized.random_matrix(
+      key,
+      (config.vocab_size, config.hidden_size),
+      FORMATS["int8"],
+      jnp.bfloat16,
+    ),
+    jax.random.key(0),
+  )
+  chunk_format = packed.chunk_format_of(head)
+  table = packing._pack_table.lower(head, config, 132)
+  packs = packing._pack_group.lower((head,), config, "lm_head", 132)
+  unpacks = packing._unpack_group.lower(
+    packs.out_info,
+    config,
+    "lm_head",
+    ("bfloat16",) * 3,
+    head.format,
+    chunk_format,
+  )
+  for lowered in (table, packs, unpacks):
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2**26
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("int4_g32_asym",),
+    ("float32 scales",),
+    (None, "int8", "int8_g32"),
+  ],
+  ids=str,
+)
+def test_single_tensors_are_those_of_the_tree(config, names):
+  model = quantised(config, *names)
   host = on_host(copied(model))
   made = ffjax.pack(model, num_ctas=3)
   for leaf in params.leaves(config):
@@ -186,12 +398,12 @@ def test_single_tensors_are_those_of_the_tree(config, name):
 # ---- what cannot be packed -------------------------------------------------
 
 
-def _with_head(config):
-  model = quantised(config, "int8")
-  shape = (config.vocab_size, config.hidden_size)
-  rng = np.random.default_rng(1)
-  head = _random_matrix(rng, shape, FORMATS["int8"])
-  return model.replace(params={**model.params, "lm_head": {"weight": head}})
+def _with_zeros_in_the_head(config):
+  def change(leaf):
+    zeros = jnp.ones(leaf.scales.shape, jnp.uint8)
+    return dataclasses.replace(leaf, zeros=zeros)
+
+  return changed(quantised(config, "int8", "int8_g64"), change, [_HEAD])
 
 
 def _with_order(config):
@@ -249,7 +461,10 @@ def _with_zeros_of_8_bits(config):
 
 
 _REFUSED = {
-  "head": (_with_head, r"does not take lm_head\.weight as int8"),
+  "head": (
+    _with_zeros_in_the_head,
+    r"lm_head\.weight as int8_g64 with bfloat16 scales and a zero beside each",
+  ),
   "act-order": (
     _with_order,
     r"order of columns of layers\.mlp\.down_proj\.weight \(act-order\)",

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import geometry, schedule, tuning
+from pallas_kernels.formats import Format
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.plan import make_plan
+from pallas_kernels.plan import make_plan, operand_shapes
 from pallas_kernels.schedule import Matmul, make_schedule, split_of
 
 
@@ -306,6 +307,47 @@ def test_blocks_cover_every_chunk():
         # What is normed is normed as a whole.
         if matmul.name not in ("o", "down"):
           assert num_blocks == 1
+
+
+# Tiles of 1,024 columns in a chunk are then others in the layers and in the head.
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize(
+  ("layer_format", "head_format"),
+  [
+    (Format(), Format(8)),
+    (Format(4, group=128), Format(8)),
+    (Format(4, group=128), Format(8, group=32)),
+    (Format(8), Format(4, group=32, beside="zero")),
+  ],
+)
+def test_a_head_of_another_format(name, batch, layer_format, head_format):
+  plan = make_plan(
+    _MODELS[name],
+    batch,
+    64,
+    132,
+    layer_format=layer_format,
+    head_format=head_format,
+  )
+  head, qkv = plan.schedule.lm_head, plan.schedule.qkv
+  assert (head.format, qkv.format) == (head_format, layer_format)
+  # The same activations, all at once, are in shared memory for either.
+  for matmul in (head, qkv):
+    assert plan.num_blocks(matmul) == 1
+    assert matmul.chunks_per_unit * matmul.tiles * 1024 == head.cols
+  for matmul in plan.schedule.matmuls:
+    f = matmul.format
+    assert f.chunk_rows(matmul.tiles) <= geometry.CHUNK_ROWS
+    if f.is_packed:
+      assert f.scale_rows(matmul.tiles) <= plan.scale_rows
+  assert plan.num_slots >= 3
+  # Tokens are looked up in bfloat16, as with a head in bfloat16.
+  plain = make_plan(_MODELS[name], batch, 64, 132)
+  assert plan.embedding == plain.embedding
+  shapes = operand_shapes(plan)
+  assert shapes["embedding"] == operand_shapes(plain)["w_lm_head"]
+  assert len(shapes["s_lm_head"][0]) == 4
 
 
 @pytest.mark.parametrize("device_kind", [None, "some GPU", "NVIDIA H200"])
