@@ -55,6 +55,7 @@ class Case:
     positions: of the new tokens, one per sequence.
     active: whether each sequence's cache is to grow.
     layer_format: how the layers' matrices are stored.
+    compute_wgs: warpgroups that compute, or None for the table's choice.
     head_format: how the LM head is.
   """
 
@@ -64,6 +65,7 @@ class Case:
   positions: tuple[int, ...]
   active: tuple[bool, ...] = (True,)
   layer_format: Format = BF16
+  compute_wgs: int | None = None
   head_format: Format = BF16
 
 
@@ -404,6 +406,7 @@ def plan_of(case):
     case.capacity,
     case.num_ctas,
     layer_format=case.layer_format,
+    compute_wgs=case.compute_wgs,
     head_format=case.head_format,
   )
 

@@ -25,7 +25,7 @@ if interpreter.missing():
 
 from interpreted_step import NINE_CTAS, TINY, Case, check
 
-from pallas_kernels import fragments, kernel, patching, steps
+from pallas_kernels import fragments, kernel, patching, steps, threads
 from pallas_kernels.geometry import TILE
 
 # One layer is enough unless a fault needs a second one; the interpreter's time
@@ -42,6 +42,7 @@ _UNTIED = dataclasses.replace(_LAYER, tie_word_embeddings=False)
 _OTHER_TOKEN = Case(_UNTIED, 1, 64, (2,))
 _IDLE = Case(_UNTIED, 1, 64, (2, 0), (True, False))
 _TWO_CTAS = Case(_LAYER, 2, 64, (2,))
+_TWO_WGS = Case(_LAYER, 1, 64, (2,), compute_wgs=2)
 _TWO_LAYERS = Case(TINY, 4, 128, (70,))
 # Uneven runs, groups of fewer units than most.
 _THREE_CTAS = Case(_LAYER, 3, 64, (2,))
@@ -271,6 +272,29 @@ def _stay(row):
   return _instead(proceed=proceed)
 
 
+class _Alone(threads.Team):
+  """Warpgroups that do not wait for each other."""
+
+  def meet(self):
+    pass
+
+
+def _never_meet(self, *args):
+  kernel.Cta.__init__(self, *args)
+  self.team = _Alone(self.team.num_wgs, self.team.barrier)
+
+
+def _others_turn(self, count, body):
+  def other(n):
+    body(jnp.where(count > 1, n ^ 1, n))
+
+  kernel.Cta.take_turns(self, count, other)
+
+
+def _one_turn_less(self, count, body):
+  kernel.Cta.take_turns(self, count - self.wg, body)
+
+
 def _count_nothing(self, num):
   del num
   kernel.Cta.tick(self, 0)
@@ -287,7 +311,7 @@ def _next_row(self, layer, b, head, position):
 _FAULTS = {
   # Between CTAs.
   "results are not awaited": _Fault(
-    _TWO_CTAS, "last written through alias", _instead(receive_x=_nothing)
+    _TWO_CTAS, "races", _instead(receive_x=_nothing)
   ),
   "results of the layer before are taken": _Fault(
     _TWO_LAYERS,
@@ -328,6 +352,16 @@ _FAULTS = {
   ),
   "a slot is never freed": _Fault(
     _FEW_KEYS, "deadlock: Barrier", _chunks_where(frees_from=1)
+  ),
+  # Between compute warpgroups.
+  "warpgroups do not meet": _Fault(
+    _TWO_WGS, "races", _instead(__init__=_never_meet)
+  ),
+  "a unit of the other warpgroup's is taken": _Fault(
+    _TWO_WGS, "deadlock", _instead(take_turns=_others_turn)
+  ),
+  "one of the second warpgroup's units is left out": _Fault(
+    _TWO_WGS, "deadlock", _instead(take_turns=_one_turn_less)
   ),
   # In shared memory.
   "activations are not committed": _Fault(

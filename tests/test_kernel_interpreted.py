@@ -68,6 +68,17 @@ _CASES = {
   "eight splits, groups of 8": Case(_group(8), 8, 2048, (1990,)),
   "seven splits, groups of 1": Case(_group(1), 7, 1792, (1791,)),
   "five splits, wide heads": Case(_WIDE_LAYER, 5, 1280, (1270,)),
+  "two compute warpgroups": Case(TINY, 1, 128, (70,), compute_wgs=2),
+  # Uneven runs, several items of attention, and sequences that do not divide.
+  "two compute warpgroups, three sequences": Case(
+    WIDE, 3, 128, (3, 90, 64), (True, False, True), compute_wgs=2
+  ),
+  "two compute warpgroups, a CTA without a part in the layers": (
+    dataclasses.replace(NINE_CTAS, compute_wgs=2)
+  ),
+  "two compute warpgroups, keys of a head split": Case(
+    TINY, 4, 512, (500,), compute_wgs=2
+  ),
   "eight sequences": Case(
     _group(4),
     4,
