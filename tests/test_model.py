@@ -456,13 +456,18 @@ def test_random_model_refuses_other_dtypes(make_config, dtype):
 
 
 def test_random_model_refuses_what_does_not_fit(make_config, monkeypatch):
-  config = make_config(num_hidden_layers=1)
-  need = config.num_params * 4
-  monkeypatch.setattr(device_memory, "free_bytes", lambda _: need)
-  params.random_model(config, dtype="float32")
-  monkeypatch.setattr(device_memory, "free_bytes", lambda _: need - 1)
-  with pytest.raises(RequestError, match="the model as float32 takes"):
-    params.random_model(config, dtype="float32")
+  config = make_config(hidden_size=128, intermediate_size=128, head_dim=32)
+  # Quantised too: scales and zero points count.
+  for name in (None, "int4_g32_asym", "int8"):
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: None)
+    made = params.random_model(config, dtype="float32", format_name=name)
+    need = sum(x.nbytes for x in jax.tree.leaves(made.params))
+    assert name is not None or need == config.num_params * 4
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: need)  # noqa: B023
+    params.random_model(config, dtype="float32", format_name=name)
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: need - 1)  # noqa: B023
+    with pytest.raises(RequestError, match="the model as .* takes"):
+      params.random_model(config, dtype="float32", format_name=name)
 
 
 @pytest.mark.parametrize(
