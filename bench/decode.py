@@ -22,6 +22,7 @@ import ffjax
 from bench import ceilings, checks, environment, flags, harness, loops
 from bench.loops import SEED
 from bench.models import ALL
+from ffjax import device_memory
 from ffjax.cache import rounded_capacity
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> None:
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
   )
+  device_memory.join_pieces()
   measured = ceilings.measure(flags.CEILING_BYTES.value)
   models, took = make_models(config, names, _DTYPE.value, flags.FORMAT.value)
   measurements = []
