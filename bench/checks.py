@@ -96,26 +96,41 @@ class Checker:
     model: whose steps the float32 and bfloat16 references run.
     token_ids: `[B, T]`, the prompt of the timed run.
     capacity: of the timed run's cache.
+    prompt_cache: keys and values of the prompt, of the reference in the model's
+      dtype, where they are there already.
   """
 
   model: ffjax.Model
   token_ids: np.ndarray
   capacity: int
+  prompt_cache: KVCache | None = None
+
+  @property
+  def _taken(self) -> int:
+    """How many tokens of the prompt are in the cache before the steps."""
+    length = self.token_ids.shape[1]
+    return length - min(_STEPS, length - 1)
 
   @functools.cached_property
   def _context(self) -> KVCache:
     """The prompt's keys and values but for the last few, by the reference."""
-    ids = self.token_ids[:, : -min(_STEPS, self.token_ids.shape[1] - 1)]
-    lengths = np.full(len(ids), ids.shape[1], np.int32)
+    lengths = np.full(len(self.token_ids), self._taken, np.int32)
+    if self.prompt_cache is not None:
+      # Without what the steps have to write themselves.
+      k, v = (
+        x.at[:, :, :, self._taken :].set(0)
+        for x in (self.prompt_cache.k, self.prompt_cache.v)
+      )
+      return KVCache(k=k, v=v, lengths=jnp.asarray(lengths))
     cache = KVCache.create(
-      self.model.config, len(ids), self.capacity, self.model.dtype
+      self.model.config, len(lengths), self.capacity, self.model.dtype
     )
     forward = jax.jit(stepping.forward, donate_argnums=3)
+    ids = self.token_ids[:, : self._taken]
     return forward(self.model, ids, lengths, cache)[1]
 
   def _logits(self, steps: Steps) -> np.ndarray:
-    taken = self.token_ids.shape[1] - min(_STEPS, self.token_ids.shape[1] - 1)
-    return steps(self._context, self.token_ids[:, taken:])
+    return steps(self._context, self.token_ids[:, self._taken :])
 
   @functools.cached_property
   def _baseline(self) -> np.ndarray:

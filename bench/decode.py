@@ -22,8 +22,10 @@ import ffjax
 from bench import ceilings, checks, environment, flags, harness, loops
 from bench.loops import SEED
 from bench.models import ALL
+from ffjax import device_memory
 from ffjax.cache import rounded_capacity
 from ffjax.errors import RequestError
+from ffjax.implementation import resolve
 from ffjax.packed import PackedParams
 from ffjax.sampling import Sampling
 
@@ -37,17 +39,42 @@ _TOP_P = absl_flags.DEFINE_float("top_p", None, "Sampling's filter, or none.")
 _MIN_P = absl_flags.DEFINE_float("min_p", None, "Sampling's filter, or none.")
 
 
+# What a run takes beside weights and caches: scores, a layer that is unpacked.
+_SPARE_BYTES = 3 * 2**30
+
+
+def spare_bytes(
+  config: ffjax.LlamaConfig, batch: int, longest: int, num_steps: int
+) -> int:
+  """Returns how much memory checks and loops take beside the weights.
+
+  There is a cache of the prompt and the check's context; beside them, while the
+  float32 reference runs, one of twice the size.
+  """
+  capacity = rounded_capacity(longest + num_steps)
+  return 4 * batch * capacity * config.kv_bytes_per_token(2) + _SPARE_BYTES
+
+
 def make_models(
   config: ffjax.LlamaConfig,
   names: list[str],
   dtype: str,
   format: str | None,
   head_format: str | None = None,
+  spare: int = 0,
 ) -> tuple[dict[str, ffjax.Model], dict[str, float]]:
   """Makes the model for each implementation, of the same weights.
 
   The kernel wants them packed and the others as they are; where memory does not
   hold both, all run on the packed ones.
+
+  Args:
+    config: the model.
+    names: of the implementations.
+    dtype: of what is not quantised.
+    format: what the layers' matrices are quantised to, or None.
+    head_format: likewise, embedding and LM head.
+    spare: bytes that must stay free.
 
   Returns:
     Models by implementation, and the seconds that each part took.
@@ -67,7 +94,11 @@ def make_models(
   models = dict.fromkeys(names, model)
   others = [name for name in names if name != "fused"]
   if others:
+    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     try:
+      device_memory.require(
+        weights + spare, "the model once more, and what runs beside,"
+      )
       plain = ffjax.random_model(*given)
       models |= dict.fromkeys(others, plain)
     except RequestError as e:
@@ -91,13 +122,29 @@ def measure(
   """
   batch, length = token_ids.shape
   capacity = rounded_capacity(length + num_steps)
-  checker = checks.Checker(next(iter(models.values())), token_ids, capacity)
-  checked, candidates = {}, {}
+  # All with caches of one dtype begin from one prefill, and so does the check.
+  starts: dict[np.dtype, loops.Start] = {}
+  for name, model in models.items():
+    dtype = resolve(name, model).dtype(model)
+    if dtype not in starts:
+      starts[dtype] = loops.Start.after(
+        model, name, token_ids, capacity, sampling
+      )
+  first = next(iter(models.values()))
+  start = starts.get(first.dtype)
+  checker = checks.Checker(
+    first, token_ids, capacity, None if start is None else start.state.cache
+  )
+  checked, candidates, details = {}, {}, {}
   for name, model in models.items():
     checked[name] = checker.implementation(name, model)
     checked[name].require(name)
-    candidates[name] = loops.Loop(
-      model, name, token_ids, num_steps, capacity, sampling
+    start = starts[resolve(name, model).dtype(model)]
+    candidates[name] = loops.Loop(model, name, start, num_steps, sampling)
+    details[name] = dict(
+      packed=isinstance(model.params, PackedParams),
+      prefill_ms=[1e3 * start.prefill_s],
+      prefill_compile_s=start.compile_s,
     )
   del checker
   samples = harness.interleave(candidates, warm_ups, repeats)
@@ -108,10 +155,6 @@ def measure(
     num_steps,
     model.bytes_per_step(batch, length + num_steps / 2),
   )
-  details = {
-    name: dict(packed=isinstance(model.params, PackedParams))
-    for name, model in models.items()
-  }
   return loops.measurements(shape, samples, checked, ceiling_gbps, details)
 
 
@@ -126,13 +169,18 @@ def main(argv: list[str]) -> None:
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
   )
+  device_memory.join_pieces()
   measured = ceilings.measure(flags.CEILING_BYTES.value)
+  spare = spare_bytes(
+    config, flags.BATCH.value, max(flags.prompts()), flags.STEPS.value
+  )
   models, took = make_models(
     config,
     names,
     _DTYPE.value,
     flags.FORMAT.value,
     flags.HEAD_FORMAT.value,
+    spare,
   )
   measurements = []
   for length in flags.prompts():

@@ -79,7 +79,8 @@ def main(argv: list[str]) -> None:
   capacity = rounded_capacity(length + num_steps)
   checked = checks.Checker(model, token_ids, capacity).implementation("fused")
   checked.require("fused")
-  whole = loops.Loop(model, "fused", token_ids, num_steps, capacity, Sampling())
+  start = loops.Start.after(model, "fused", token_ids, capacity, Sampling())
+  whole = loops.Loop(model, "fused", start, num_steps, Sampling())
   middle = length + num_steps // 2
   bare, counting = (
     kernel_steps.KernelLoop(model, batch, middle, capacity, num_steps, timed)

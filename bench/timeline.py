@@ -30,6 +30,7 @@ from bench import (
   phase_times,
 )
 from bench.models import ALL
+from ffjax import device_memory
 from ffjax.cache import rounded_capacity
 
 _POSITION = absl_flags.DEFINE_integer(
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
   """Runs, prints, writes and draws."""
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
+  device_memory.join_pieces()
   model = ffjax.pack(
     ffjax.random_model(
       config,

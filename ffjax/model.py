@@ -30,6 +30,9 @@ from ffjax.config import LlamaConfig
 DType = jax.typing.DTypeLike
 Params = dict[str, Any]
 
+# Attention scores may take about this much memory at a time.
+_SCORES_BYTES = 256 * 2**20
+
 _matrix_init = nn.initializers.normal(0.02)
 
 
@@ -207,18 +210,68 @@ class Attention(nn.Module):
     keys = jax.lax.dynamic_index_in_dim(k_cache, layer, 0, keepdims=False)
     values = jax.lax.dynamic_index_in_dim(v_cache, layer, 0, keepdims=False)
 
-    query = query.reshape(b, t, k, n // k, h)
-    scores = _einsum("btkgh,bksh->bkgts", query, keys.astype(self.dtype))
-    scores *= h**-0.5
-    slot = jnp.arange(keys.shape[2], dtype=jnp.int32)
-    visible = slot[None, None, :] <= tokens.positions[:, :, None]
-    scores = jnp.where(
-      visible[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min
+    out = _attend_in_blocks(
+      query.reshape(b, t, k, n // k, h),
+      tokens.positions,
+      keys.astype(self.dtype),
+      values.astype(self.dtype),
     )
-    weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-    out = _einsum("bkgts,bksh->btkgh", weights, values.astype(self.dtype))
-    out = out.astype(self.dtype).reshape(b, t, n * h)
+    out = out.reshape(b, t, n * h)
     return linear(c.hidden_size, name="o_proj")(out), k_cache, v_cache
+
+
+def _attend(
+  query: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array
+) -> jax.Array:
+  """Attends from each query to the slots up to its position.
+
+  Args:
+    query: `[B, T, K, G, H]`.
+    positions: `[B, T]` int32.
+    keys: `[B, K, S, H]` in the query's dtype.
+    values: likewise.
+
+  Returns:
+    `[B, T, K, G, H]` in the query's dtype.
+  """
+  scores = _einsum("btkgh,bksh->bkgts", query, keys)
+  scores *= query.shape[-1] ** -0.5
+  slot = jnp.arange(keys.shape[2], dtype=jnp.int32)
+  visible = slot[None, None, :] <= positions[:, :, None]
+  scores = jnp.where(
+    visible[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min
+  )
+  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  return _einsum("bkgts,bksh->btkgh", weights, values).astype(query.dtype)
+
+
+def _attend_in_blocks(
+  query: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array
+) -> jax.Array:
+  """Does what `_attend` does, for as many queries at a time as memory allows.
+
+  So it grows with S and not with T S, however many tokens share one reading of
+  the weights.
+  """
+  b, t, k, g, h = query.shape
+  most = max(1, _SCORES_BYTES // (4 * b * k * g * keys.shape[2]))
+  if t <= most:
+    return _attend(query, positions, keys, values)
+  block = 1 << (most.bit_length() - 1)
+  num_blocks = -(-t // block)
+  padding = num_blocks * block - t
+
+  def blocks(x: jax.Array) -> jax.Array:
+    """From `[B, T, ...]` to `[blocks, B, T of a block, ...]`."""
+    x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(b, num_blocks, block, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  out = jax.lax.map(
+    lambda some: _attend(some[0], some[1], keys, values),
+    (blocks(query), blocks(positions)),
+  )
+  return jnp.moveaxis(out, 0, 1).reshape(b, -1, k, g, h)[:, :t]
 
 
 class Mlp(nn.Module):

@@ -39,6 +39,7 @@ NORM_PATHS: tuple[Path, ...] = (
   ("layers", "post_attention_layernorm", "weight"),
   ("norm", "weight"),
 )
+EMBEDDING_PATH: Path = ("embed_tokens", "weight")
 # Those that every layer has.
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 # The LM head is multiplied in blocks of rows of about this size.
@@ -120,7 +121,7 @@ class PackedParams:
     """Returns the bytes of a leaf without padding, given its shape."""
     size = math.prod(shape)
     format, chunk_format = None, formats.BF16
-    if path[0] == "embed_tokens" and self.embedding is not None:
+    if path == EMBEDDING_PATH and self.embedding is not None:
       if isinstance(self.embedding, QuantizedMatrix):
         return self.embedding.num_bytes
     elif path not in NORM_PATHS:
@@ -201,7 +202,7 @@ def groups(config: LlamaConfig) -> dict[str, tuple[Path, ...]]:
   def paths(module: str, *names: str) -> tuple[Path, ...]:
     return tuple(("layers", module, name, "weight") for name in names)
 
-  embedding = (("embed_tokens", "weight"),)
+  embedding = (EMBEDDING_PATH,)
   table: dict[str, tuple[Path, ...]] = dict(
     qkv=paths("self_attn", "q_proj", "k_proj", "v_proj"),
     o=paths("self_attn", "o_proj"),

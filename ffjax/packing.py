@@ -1,12 +1,14 @@
 """Packs a model for the fused kernel, and unpacks it again.
 
 The weights are on the device once, before and after: a group of matrices is
-packed, then its source is deleted, then comes the next group.
+packed, layer by layer into an array that is there from the start, then its
+source is deleted, then comes the next group. The largest group is the first, when
+least has grown by padding and what does not fit has not cost the model.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -21,6 +23,9 @@ from ffjax.packed import PackedParams, Path
 from ffjax.params import Model
 from ffjax.quantized import Format, QuantizedMatrix
 from pallas_kernels import formats, geometry
+
+# Temporary arrays for a layer take at most this many times what it takes packed.
+_TEMPORARY_LAYERS = 3
 
 
 def why_not(config: LlamaConfig, dtypes: Iterable[np.dtype]) -> str | None:
@@ -118,8 +123,8 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
 
   Raises:
     RequestError: if the kernel cannot take the model, the device has no SMs to
-      count, or its memory does not hold a packed group beside the model. The
-      argument is then as it was.
+      count, or its memory does not hold the largest group, packed, beside the
+      model. The argument is then as it was.
   """
   if isinstance(model.params, PackedParams):
     if num_ctas not in (None, model.params.num_ctas):
@@ -134,10 +139,19 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   p = _checked_num_ctas(num_ctas)
   flat = flax.traverse_util.flatten_dict(model.params)
   groups = packed.groups(model.config)
-  device_memory.require(
-    _extra_bytes(model.config, flat, p),
-    "packing: a part of the model twice, and padding",
-  )
+  sources = {
+    name: tuple(flat[path] for path in paths) for name, paths in groups.items()
+  }
+  # Of each group, and of the table if it is made of it.
+  shapes = {
+    name: (
+      packed_shapes(parts, model.config, name, p),
+      _table_shape(groups[name], parts, model.config, p),
+    )
+    for name, parts in sources.items()
+  }
+  what = "packing: a part of the model twice, and padding"
+  device_memory.require(_extra_bytes(model.config, sources, shapes), what)
   norm_dtypes = tuple(np.dtype(flat[x].dtype).name for x in packed.NORM_PATHS)
   fields: dict[str, Any] = {"embedding": None}
   scales = {}
@@ -149,18 +163,19 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
   if isinstance(head, QuantizedMatrix):
     fields["head_format"] = head.format
   fields["head_chunk_format"] = packed.chunk_format_of(head)
-  for name, paths in groups.items():
-    sources = tuple(flat.pop(path) for path in paths)
-    if _needs_table(paths, sources):
-      fields["table"] = _pack_table(sources[0], model.config, p)
-    made = _pack_group(sources, model.config, name, p)
+  for name in _largest_first(shapes):
+    parts = sources.pop(name)
+    group_shapes, table = shapes[name]
+    if table is not None:
+      # Waited for: the group reads the same source, which may be on the host.
+      fields["table"] = jax.block_until_ready(
+        _pack_table(parts[0], model.config, p)
+      )
+    made = _pack_group(parts, group_shapes, model.config, name, p)
     if isinstance(made, tuple):
       made, scales[name] = made
     fields[name] = jax.block_until_ready(made)
-    for source in sources:
-      # The same array may be the embedding and the LM head.
-      if not any(source is other for other in flat.values()):
-        _delete(source)
+    _delete(_not_among(parts, sources))
   params = PackedParams(**fields, norm_dtypes=norm_dtypes, scales=scales)
   return dataclasses.replace(model, params=params)
 
@@ -183,20 +198,25 @@ def unpack(model: Model) -> Model:
     return model
   groups = packed.groups(model.config)
   stored = {name: params.stored(name) for name in groups}
-  largest = max(map(_num_bytes, stored.values()))
-  device_memory.require(
-    largest, "unpacking: a second copy of a part of the model"
-  )
-  # The codes that it was made of are there.
-  _delete(params.table)
-  flat: dict[Path, jax.Array] = {}
-  for name, paths in groups.items():
-    source = stored.pop(name)
-    made = _unpack_group(
+  shapes = {
+    name: _unpacked_shapes(
       source, model.config, name, *_unpacked_to(params, name)
     )
-    flat.update(zip(paths, jax.block_until_ready(made), strict=True))
+    for name, source in stored.items()
+  }
+  what = "unpacking: a second copy of a part of the model"
+  device_memory.require(_extra_bytes(model.config, stored, shapes), what)
+  flat: dict[Path, jax.Array] = {}
+  for name in _largest_first(shapes):
+    source = stored.pop(name)
+    made = _unpack_group(
+      source, shapes[name], model.config, name, *_unpacked_to(params, name)
+    )
+    flat.update(zip(groups[name], jax.block_until_ready(made), strict=True))
     _delete(source)
+    if packed.EMBEDDING_PATH in groups[name]:
+      # The codes that it was made of are there.
+      _delete(params.table)
   tree = flax.traverse_util.unflatten_dict(flat)
   return dataclasses.replace(model, params=tree)
 
@@ -233,30 +253,51 @@ def _checked_num_ctas(num_ctas: int | None) -> int:
   return int(num_ctas)
 
 
+def _largest_first(shapes: Mapping[str, Any]) -> list[str]:
+  """Returns the names of groups, that of the most bytes first."""
+  return sorted(shapes, key=lambda name: -_num_bytes(shapes[name]))
+
+
 def _extra_bytes(
-  config: LlamaConfig, flat: dict[Path, jax.Array], num_ctas: int
+  config: LlamaConfig, sources: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> int:
-  """Returns how much more memory packing takes at its peak than the model."""
+  """Returns how much more memory a conversion takes at its peak than the model.
+
+  Args:
+    config: the model.
+    sources: of each group.
+    shapes: what they are made into.
+  """
+  left = dict(sources)
   most = grown = 0
-  for name, paths in packed.groups(config).items():
-    sources = tuple(flat[path] for path in paths)
-    made = jax.eval_shape(
-      functools.partial(
-        _pack_group, config=config, name=name, num_ctas=num_ctas
-      ),
-      sources,
-    )
-    made_bytes = _num_bytes(made)
-    if _needs_table(paths, sources):
-      table = functools.partial(_pack_table, config=config, num_ctas=num_ctas)
-      made_bytes += _num_bytes(jax.eval_shape(table, sources[0]))
-    most = max(most, grown + made_bytes)
-    grown += made_bytes - _num_bytes(sources)
+  for name in _largest_first(shapes):
+    made_bytes = _num_bytes(shapes[name])
+    leaves = jax.tree.leaves(left.pop(name))
+    on_host = [x for x in leaves if isinstance(x, np.ndarray)]
+    # Host arrays come to the device for as long as they are read.
+    temporary = _num_bytes(on_host)
+    if name in packed.LAYER_GROUPS:
+      temporary += _TEMPORARY_LAYERS * max(made_bytes, _num_bytes(leaves))
+      temporary //= config.num_hidden_layers
+    most = max(most, grown + made_bytes + temporary)
+    freed = [
+      x for x in _not_among(leaves, left) if not isinstance(x, np.ndarray)
+    ]
+    grown += made_bytes - _num_bytes(freed)
   return most
 
 
 def _num_bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _not_among(tree: Any, others: Any) -> list[Any]:
+  """Returns the arrays of a tree that others do not have, too.
+
+  The same array may be the embedding and the LM head.
+  """
+  ids = {id(x) for x in jax.tree.leaves(others)}
+  return [x for x in jax.tree.leaves(tree) if id(x) not in ids]
 
 
 def _delete(tree: Any) -> None:
@@ -270,10 +311,20 @@ def _unpacked_to(params: PackedParams, name: str) -> tuple[Any, ...]:
   return params.norm_dtypes, *params.formats_of(name)
 
 
-def _needs_table(paths: tuple[Path, ...], sources: tuple[Any, ...]) -> bool:
-  """Returns whether a group is an embedding that is quantised."""
-  is_embedding = paths[0][0] == "embed_tokens"
-  return is_embedding and isinstance(sources[0], QuantizedMatrix)
+def _table_shape(
+  paths: tuple[Path, ...],
+  sources: tuple[Any, ...],
+  config: LlamaConfig,
+  num_ctas: int,
+) -> jax.ShapeDtypeStruct | None:
+  """Returns the shape of the table, if a group is a quantised embedding."""
+  if packed.EMBEDDING_PATH not in paths:
+    return None
+  (embedding,) = sources
+  if not isinstance(embedding, QuantizedMatrix):
+    return None
+  make = functools.partial(_pack_table, config=config, num_ctas=num_ctas)
+  return jax.eval_shape(make, embedding)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_ctas"))
@@ -283,8 +334,80 @@ def _pack_table(
   return packed.pack_table(config, num_ctas, embedding)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name", "num_ctas"))
+def packed_shapes(
+  sources: tuple[Any, ...], config: LlamaConfig, name: str, num_ctas: int
+) -> Any:
+  """Returns the shapes of a group as `PackedParams` has it: chunks, or a pair.
+
+  Args:
+    sources: the group's leaves, or their shapes.
+    config: the model.
+    name: of the group.
+    num_ctas: P.
+  """
+  if name not in packed.LAYER_GROUPS:
+    whole = functools.partial(
+      _pack_whole, config=config, name=name, num_ctas=num_ctas
+    )
+    return jax.eval_shape(whole, sources)
+  return _stacked_shapes(
+    config,
+    lambda parts: packed.pack_matrices(config, name, num_ctas, parts),
+    sources,
+  )
+
+
+def _unpacked_shapes(
+  source: Any, config: LlamaConfig, name: str, *to: Any
+) -> tuple[Any, ...]:
+  """Returns the shapes of a group's leaves in the tree."""
+  if name not in packed.LAYER_GROUPS:
+    return jax.eval_shape(lambda x: _unpack_whole(x, config, name, *to), source)
+  _, format, chunk_format = to
+  return _stacked_shapes(
+    config,
+    lambda x: packed.unpack_matrices(config, name, x, format, chunk_format),
+    source,
+  )
+
+
+def _stacked_shapes(config: LlamaConfig, function: Any, stacks: Any) -> Any:
+  """Returns the shapes of what a function makes of each layer, stacked."""
+  one = jax.eval_shape(
+    function,
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks),
+  )
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (config.num_hidden_layers, *x.shape), x.dtype
+    ),
+    one,
+  )
+
+
 def _pack_group(
+  sources: tuple[Any, ...],
+  shapes: Any,
+  config: LlamaConfig,
+  name: str,
+  num_ctas: int,
+) -> Any:
+  """Packs a group, whose `packed_shapes` are known."""
+  static: dict[str, Any] = dict(config=config, name=name, num_ctas=num_ctas)
+  if name not in packed.LAYER_GROUPS:
+    return _pack_whole(sources, **static)
+  made = device_memory.zeros(shapes, "packing")
+  for layer in range(config.num_hidden_layers):
+    parts = _on_device(sources, layer)
+    # Or later calls, and their temporary arrays, may begin before it ends.
+    made = jax.block_until_ready(
+      _pack_layer(made, parts, np.int32(layer), **static)
+    )
+  return made
+
+
+@functools.partial(jax.jit, static_argnames=("config", "name", "num_ctas"))
+def _pack_whole(
   sources: tuple[Any, ...], config: LlamaConfig, name: str, num_ctas: int
 ) -> Any:
   if name == "norms":
@@ -292,37 +415,76 @@ def _pack_group(
   if name == "embedding" and isinstance(sources[0], QuantizedMatrix):
     # It stays as it is. Copied: the source will be deleted.
     return jax.tree.map(jnp.copy, sources[0])
-  pack_one = functools.partial(packed.pack_matrices, config, name, num_ctas)
-  if name in ("lm_head", "embedding"):
-    return pack_one(sources)
-  # One layer after another: temporary arrays are of one layer.
-  if not isinstance(sources[0], QuantizedMatrix):
-    return jax.lax.map(pack_one, sources)
-  return _chunks(jax.lax.map(lambda x: _bits(pack_one(x)), sources))
+  return packed.pack_matrices(config, name, num_ctas, sources)
 
 
-def _bits(tree: Any) -> Any:
-  """Returns chunks as uint16: loops may change codes that are NaNs as bfloat16."""
+@functools.partial(
+  jax.jit,
+  static_argnames=("config", "name", "num_ctas"),
+  donate_argnames=("made",),
+)
+def _pack_layer(
+  made: Any,
+  sources: tuple[Any, ...],
+  layer: jax.Array,
+  *,
+  config: LlamaConfig,
+  name: str,
+  num_ctas: int,
+) -> Any:
+  """Packs one layer in its place."""
+  one = packed.pack_matrices(config, name, num_ctas, _layer(sources, layer))
+  return _with_layer(made, one, layer)
+
+
+def _on_device(tree: Any, layer: int) -> Any:
+  """Returns arrays of which `_layer` will be asked for that layer only.
+
+  Of host arrays it is all there is, so that the device never holds the others.
+  """
   return jax.tree.map(
-    lambda x: (
-      jax.lax.bitcast_convert_type(x, jnp.uint16)
-      if x.dtype == jnp.bfloat16
-      else x
+    lambda x: x[layer : layer + 1] if isinstance(x, np.ndarray) else x, tree
+  )
+
+
+def _layer(tree: Any, layer: jax.Array) -> Any:
+  """Returns one layer of stacks; of a stack of one, that one."""
+  return jax.tree.map(
+    lambda x: _like(
+      x,
+      jax.lax.dynamic_index_in_dim(
+        _bits(x), jnp.minimum(layer, x.shape[0] - 1), keepdims=False
+      ),
     ),
     tree,
   )
 
 
-def _chunks(tree: Any) -> Any:
-  """Undoes `_bits`."""
+def _with_layer(stacks: Any, one: Any, layer: jax.Array) -> Any:
+  """Returns stacks with one layer written, in place if they are donated."""
   return jax.tree.map(
-    lambda x: (
-      jax.lax.bitcast_convert_type(x, jnp.bfloat16)
-      if x.dtype == jnp.uint16
-      else x
+    lambda x, y: _like(
+      x,
+      jax.lax.dynamic_update_index_in_dim(_bits(x), _bits(y), layer, axis=0),
     ),
-    tree,
+    stacks,
+    one,
   )
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  """Returns bfloat16 as uint16: what moves bfloat16 may move float32 instead.
+
+  That is how older XLA changes codes that are NaNs as bfloat16.
+  """
+  if x.dtype != jnp.bfloat16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _like(x: jax.Array, bits: jax.Array) -> jax.Array:
+  """Undoes `_bits` for what is to be of the dtype of x."""
+  return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _pack_norms(
@@ -335,14 +497,29 @@ def _pack_norms(
   return jnp.pad(joined, ((0, 0), (0, width - config.hidden_size)))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _unpack_group(
+  source: Any, shapes: Any, config: LlamaConfig, name: str, *to: Any
+) -> tuple[Any, ...]:
+  """Undoes `_pack_group`; `to` is what `_unpacked_to` returns."""
+  if name not in packed.LAYER_GROUPS:
+    return _unpack_whole(source, config, name, *to)
+  made = device_memory.zeros(shapes, "unpacking")
+  for layer in range(config.num_hidden_layers):
+    parts = _on_device(source, layer)
+    made = jax.block_until_ready(
+      _unpack_layer(made, parts, np.int32(layer), config, name, *to)
+    )
+  return made
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _unpack_whole(
   source: Any,
   config: LlamaConfig,
   name: str,
   norm_dtypes: tuple[str, ...],
-  format: Format | None = None,
-  chunk_format: formats.Format = formats.BF16,
+  format: Format | None,
+  chunk_format: formats.Format,
 ) -> tuple[Any, ...]:
   if name == "norms":
     rows = source[:, : config.hidden_size]
@@ -350,18 +527,28 @@ def _unpack_group(
     return tuple(x.astype(d) for x, d in zip(parts, norm_dtypes, strict=True))
   if isinstance(source, QuantizedMatrix):
     return (jax.tree.map(jnp.copy, source),)
-  if name in ("lm_head", "embedding"):
-    return packed.unpack_matrices(config, name, source, format, chunk_format)
-  if format is None:
-    return jax.lax.map(
-      lambda x: packed.unpack_matrices(config, name, x), source
-    )
-  return jax.lax.map(
-    lambda x: packed.unpack_matrices(
-      config, name, _chunks(x), format, chunk_format
-    ),
-    _bits(source),
+  return packed.unpack_matrices(config, name, source, format, chunk_format)
+
+
+@functools.partial(
+  jax.jit, static_argnums=(3, 4, 5, 6, 7), donate_argnames=("made",)
+)
+def _unpack_layer(
+  made: tuple[Any, ...],
+  source: Any,
+  layer: jax.Array,
+  config: LlamaConfig,
+  name: str,
+  norm_dtypes: tuple[str, ...],
+  format: Format | None,
+  chunk_format: formats.Format,
+) -> tuple[Any, ...]:
+  """Unpacks one layer in its place."""
+  del norm_dtypes
+  one = packed.unpack_matrices(
+    config, name, _layer(source, layer), format, chunk_format
   )
+  return _with_layer(made, one, layer)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "path"))
@@ -369,19 +556,14 @@ def _tensor(
   params: PackedParams, layer: jax.Array, config: LlamaConfig, path: Path
 ) -> Any:
   (name,) = (k for k, paths in packed.groups(config).items() if path in paths)
-  source = params.stored(name)
-  stacked = path[0] == "layers"
+  index = packed.groups(config)[name].index(path)
+  source, to = params.stored(name), _unpacked_to(params, name)
   if name in packed.LAYER_GROUPS:
     # Only the layer that is wanted.
-    source = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1),
-      source,
-    )
-    layer = jnp.zeros_like(layer)
-  made = _unpack_group(source, config, name, *_unpacked_to(params, name))
-  leaf = made[packed.groups(config)[name].index(path)]
-  if not stacked:
-    return leaf
-  return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf
-  )
+    _, format, chunk_format = to
+    source = _layer(source, layer)
+    return packed.unpack_matrices(config, name, source, format, chunk_format)[
+      index
+    ]
+  leaf = _unpack_whole(source, config, name, *to)[index]
+  return _layer(leaf, layer) if path[0] == "layers" else leaf

@@ -271,12 +271,17 @@ def random_model(
   formats = {}
   if format_name is not None or head_format is not None:
     formats = matrix_formats(config, format_name, head_format)
-  bits = sum(
-    math.prod(leaf.shape)
-    * (formats[leaf.path].bits if leaf.path in formats else 8 * dtype.itemsize)
-    for leaf in leaves(config)
-  )
-  device_memory.require(bits // 8, f"the model as {format_name or dtype.name}")
+  num_bytes = 0
+  for leaf in leaves(config):
+    size, format = math.prod(leaf.shape), formats.get(leaf.path)
+    if format is None:
+      num_bytes += size * dtype.itemsize
+      continue
+    columns = leaf.shape[-1]
+    num_groups = size // columns * format.num_groups(columns)
+    num_bytes += size * format.bits // 8
+    num_bytes += num_groups * (dtype.itemsize + (not format.symmetric))
+  device_memory.require(num_bytes, f"the model as {format_name or dtype.name}")
 
   def plain(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
     tree = model_lib.init_params(key, config, dtype)

@@ -25,9 +25,13 @@ from ffjax.params import Model
 from ffjax.sampling import Sampling, choose
 from pallas_kernels.steps import NO_TOKEN
 
-# Attention scores of a chunk of a prompt may take about this much memory.
-_SCORES_BYTES = 256 * 2**20
-_MAX_CHUNK = 512
+# Tokens of a prompt that run at a time: enough that reading, or unpacking, the
+# weights is the smaller part of the work.
+_MAX_CHUNK = 2048
+# Of all sequences, so that activations stay small.
+_MAX_CHUNK_TOKENS = 8192
+# Chunks longer than this are a multiple of it.
+_CHUNK_MULTIPLE = 64
 
 # Steps between two looks at whether all sequences have finished, on a GPU, where
 # each look is a wait for the host. An implementation's own steps look as they
@@ -56,17 +60,18 @@ class DecodeState:
   seen: jax.Array | None
 
 
-def chunk_length(
-  batch: int, num_heads: int, capacity: int, num_tokens: int
-) -> int:
-  """Returns how many prompt tokens to run at a time, a power of two.
+def chunk_length(batch: int, num_tokens: int) -> int:
+  """Returns how many prompt tokens of each sequence to run at a time.
 
-  As many as keep the attention scores `[B, N, chunk, S]` float32 within a
-  fixed budget, so that memory grows with S and not with its square.
+  The number of chunks is the least that memory allows, and they are of about
+  equal length.
   """
-  most = _SCORES_BYTES // (4 * batch * num_heads * capacity)
-  chunk = min(_MAX_CHUNK, max(1, most), 1 << (num_tokens - 1).bit_length())
-  return 1 << (chunk.bit_length() - 1)
+  most = min(_MAX_CHUNK, max(1, _MAX_CHUNK_TOKENS // batch))
+  num_chunks = -(-num_tokens // most)
+  needed = -(-num_tokens // num_chunks)
+  if needed < _CHUNK_MULTIPLE:
+    return min(most, 1 << (needed - 1).bit_length())
+  return min(most, -(-needed // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
 
 
 def forward(
@@ -87,7 +92,7 @@ def forward(
   # Under x64 NumPy's own integers are 64 bits wide.
   token_ids, lengths = jnp.int32(token_ids), jnp.int32(lengths)
   b, t = token_ids.shape
-  chunk = chunk_length(b, model.config.num_attention_heads, cache.capacity, t)
+  chunk = chunk_length(b, t)
   num_chunks = -(-t // chunk)
   token_ids = jnp.pad(token_ids, ((0, 0), (0, num_chunks * chunk - t)))
   chunks = token_ids.reshape(b, num_chunks, chunk).swapaxes(0, 1)

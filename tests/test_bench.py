@@ -210,6 +210,57 @@ def test_other_logits_fail_the_check(model, checker):
   assert not checker.steps(wrong).passed
 
 
+def test_a_cache_of_the_prompt_saves_a_prefill_and_tells_no_more(
+  model, checker, monkeypatch
+):
+  ids = checker.token_ids
+  start = loops.Start.after(
+    model, "reference", ids, checker.capacity, decode.Sampling()
+  )
+  given = checks.Checker(model, ids, checker.capacity, start.state.cache)
+  ours, theirs = given._context, checker._context
+  monkeypatch.setattr(stepping, "forward", None)
+  assert ours.lengths.tolist() == theirs.lengths.tolist() == [5]
+  for x, y in ((ours.k, theirs.k), (ours.v, theirs.v)):
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    np.testing.assert_allclose(x, y, rtol=2e-2, atol=1e-3)
+    # What a step should have written, and did not, is not there.
+    assert np.abs(x[:, :, :, :5]).max() > 0.1
+    assert not x[:, :, :, 5:].any()
+  assert given.implementation("reference").passed
+  assert not start.state.cache.k.is_deleted()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_loops_begin_from_the_same_prompt(model, monkeypatch, temperature):
+  sampling = decode.Sampling(temperature=temperature)
+  ids = loops.prompt(model.config.vocab_size, 2, 9)
+  start = loops.Start.after(model, "reference", ids, 64, sampling)
+  assert start.prefill_s > 0
+  assert start.compile_s > 0
+  emitted = []
+  check_tokens = loops.check_tokens
+
+  def watched(tokens, *args):
+    emitted.append(np.asarray(tokens).tolist())
+    check_tokens(tokens, *args)
+
+  monkeypatch.setattr(loops, "check_tokens", watched)
+  loop = loops.Loop(model, "reference", start, 6, sampling)
+  for _ in range(2):
+    times = loop()
+    assert times.loop_s > 0
+    assert times.prefill_s is None
+  static = dict(stop_on_eos=False)
+  state = stepping.prefill(
+    model, ids, np.full(2, 9, np.int32), sampling, capacity=64, **static
+  )
+  _, expected = stepping.decode_steps(
+    model, state, 6, sampling, max_steps=6, **static
+  )
+  assert emitted == [np.asarray(expected).tolist()] * 2
+
+
 def test_early_end_of_a_loop_is_refused():
   loops.check_tokens(np.array([[0, 9]]), (1, 2), 10)
   for bad in ([[0, decode.NO_TOKEN]], [[0, 10]], [[0]]):
@@ -307,6 +358,8 @@ def test_decode_from_end_to_end(tmp_path):
   assert m["ceiling_gbps"] == read["ceilings"]["read_gbps"]
   assert m["details"]["prompt"] == 8
   assert m["details"]["first_call_s"]["loop_s"] > 0
+  (prefill_ms,) = m["details"]["prefill_ms"]
+  assert prefill_ms > 0
   assert "| reference, prompt 8 |" in done.stdout
 
 

@@ -320,7 +320,7 @@ def test_long_prompt_in_chunks_equals_whole(make_config, monkeypatch):
 
   whole = run()
   monkeypatch.setattr(stepping, "_MAX_CHUNK", 8)
-  assert stepping.chunk_length(2, 4, 128, 100) == 8
+  assert stepping.chunk_length(2, 100) == 8
   chex.assert_trees_all_close(run(), whole, atol=2e-4)
 
 
@@ -341,17 +341,23 @@ def test_prefill_memory_grows_with_the_cache_not_its_square(make_config):
 
 
 @pytest.mark.parametrize(
-  ("batch", "heads", "capacity", "tokens", "expected"),
+  ("batch", "tokens", "expected"),
   [
-    (1, 4, 64, 1, 1),
-    (1, 4, 64, 3, 4),
-    (1, 32, 2048, 4096, 512),
-    (1, 32, 131072, 131072, 16),
-    (16, 64, 131072, 131072, 1),
+    (1, 1, 1),
+    (1, 3, 4),
+    (1, 63, 64),
+    (1, 65, 128),
+    (1, 2048, 2048),
+    # Two of about the same length.
+    (1, 2049, 1088),
+    (1, 131072, 2048),
+    (5, 3276, 1638),
+    (16, 131072, 512),
+    (10000, 5, 1),
   ],
 )
-def test_chunk_length(batch, heads, capacity, tokens, expected):
-  assert stepping.chunk_length(batch, heads, capacity, tokens) == expected
+def test_chunk_length(batch, tokens, expected):
+  assert stepping.chunk_length(batch, tokens) == expected
 
 
 def test_second_call_of_the_same_shape_compiles_nothing(model):

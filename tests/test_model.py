@@ -21,6 +21,7 @@ import pytest
 import ffjax
 from ffjax import cache as cache_lib
 from ffjax import device_memory, params, rope
+from ffjax import model as model_lib
 from ffjax.cache import KVCache
 from ffjax.config import LlamaConfig, RopeScaling
 from ffjax.errors import RequestError
@@ -298,6 +299,37 @@ def test_chunks_give_the_logits_of_the_whole(make_config, chunk):
   )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_attention_in_blocks_gives_the_logits_of_the_whole(
+  make_config, monkeypatch, dtype, block
+):
+  model = _random_model(make_config(), dtype)
+  ids = np.random.default_rng(0).integers(0, 40, (2, 19))
+  jax.clear_caches()
+  whole = _logits(model, ids, capacity=32)
+  seen = []
+  attend = model_lib._attend
+
+  def watched(query, *args):
+    seen.append(query.shape[1])
+    return attend(query, *args)
+
+  monkeypatch.setattr(model_lib, "_attend", watched)
+  # A power of two, though there is room for some more.
+  scores_bytes = 4 * 2 * 4 * 32 * block
+  monkeypatch.setattr(model_lib, "_SCORES_BYTES", scores_bytes * 3 // 2)
+  jax.clear_caches()
+  blocks = _logits(model, ids, capacity=32)
+  one_chunk = _logits(model, ids, chunk=7, capacity=32)
+  assert set(seen) <= {block, 7, 5}
+  assert block in seen
+  jax.clear_caches()
+  atol = 2e-6 if dtype == "float32" else 2e-2
+  for found in (blocks, one_chunk):
+    np.testing.assert_allclose(found, whole, rtol=0, atol=atol * _rms(whole))
+
+
 def test_ragged_batch_equals_singles(make_config):
   model = _random_model(make_config())
   random = np.random.RandomState(1)
@@ -456,13 +488,18 @@ def test_random_model_refuses_other_dtypes(make_config, dtype):
 
 
 def test_random_model_refuses_what_does_not_fit(make_config, monkeypatch):
-  config = make_config(num_hidden_layers=1)
-  need = config.num_params * 4
-  monkeypatch.setattr(device_memory, "free_bytes", lambda _: need)
-  params.random_model(config, dtype="float32")
-  monkeypatch.setattr(device_memory, "free_bytes", lambda _: need - 1)
-  with pytest.raises(RequestError, match="the model as float32 takes"):
-    params.random_model(config, dtype="float32")
+  config = make_config(hidden_size=128, intermediate_size=128, head_dim=32)
+  # Quantised too: scales and zero points count.
+  for name in (None, "int4_g32_asym", "int8"):
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: None)
+    made = params.random_model(config, dtype="float32", format_name=name)
+    need = sum(x.nbytes for x in jax.tree.leaves(made.params))
+    assert name is not None or need == config.num_params * 4
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: need)  # noqa: B023
+    params.random_model(config, dtype="float32", format_name=name)
+    monkeypatch.setattr(device_memory, "free_bytes", lambda _: need - 1)  # noqa: B023
+    with pytest.raises(RequestError, match="the model as .* takes"):
+      params.random_model(config, dtype="float32", format_name=name)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,20 @@ def test_one_array_may_be_embedding_and_head(make_config):
   assert model.params["embed_tokens"]["weight"].is_deleted()
 
 
+def num_bytes(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def shapes_of(config, format_name=None):
+  """Returns the leaves of a model by path, without making any."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(device_memory, "free_bytes", lambda _: None)
+    model = jax.eval_shape(
+      lambda: ffjax.random_model(config, format_name=format_name).params
+    )
+  return flax.traverse_util.flatten_dict(model)
+
+
 def test_there_are_never_two_copies(make_config, monkeypatch):
   model = random_model(make_config(**CONFIGS["even"]))
   gc.collect()
@@ -197,8 +211,6 @@ def test_there_are_never_two_copies(make_config, monkeypatch):
 
     def watched(*args, **kwargs):
       made = jax.block_until_ready(function(*args, **kwargs))
-      if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(made)):
-        return made  # Asked for its shape only.
       live.append(sum(x.nbytes for x in jax.live_arrays()) - begin)
       return made
 
@@ -219,23 +231,137 @@ def test_there_are_never_two_copies(make_config, monkeypatch):
   del two
 
 
+def test_host_arrays_come_layer_by_layer(make_config):
+  config = make_config(**CONFIGS["even"], num_hidden_layers=8)
+  host = on_host(random_model(config))
+  gc.collect()
+  begin = sum(x.nbytes for x in jax.live_arrays())
+  found = []
+  pack_layer = packing._pack_layer
+
+  def watched(made, sources, *args, **kwargs):
+    assert not any(isinstance(x, jax.Array) for x in sources)
+    found.append(sum(x.nbytes for x in sources))
+    return pack_layer(made, sources, *args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(packing, "_pack_layer", watched)
+    one = ffjax.pack(host, num_ctas=2)
+  assert len(found) == 4 * 8
+  assert max(found) == 2 * 2 * 1024 * 1024
+  packed_bytes = sum(x.nbytes for x in jax.tree.leaves(one.params))
+  assert sum(x.nbytes for x in jax.live_arrays()) == begin + packed_bytes
+
+
 @shows_memory
-@pytest.mark.parametrize("function", ["_pack_group", "_unpack_group"])
-def test_temporary_arrays_are_small(function):
-  config = ffjax.preset("llama-3.2-1b")
-  shapes = {
-    leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-    for leaf in params.leaves(config)
+@pytest.mark.parametrize(
+  ("preset", "format_name"),
+  [
+    ("llama-3.2-1b", None),
+    ("llama-3.2-1b", "int8"),
+    ("llama-3.1-70b", "int4_g128"),
+    ("llama-3.1-70b", "int4_g32_asym"),
+  ],
+)
+def test_a_layer_goes_to_its_place_with_no_copy_of_the_group(
+  preset, format_name
+):
+  config = ffjax.preset(preset)
+  sources = {
+    name: tuple(shapes_of(config, format_name)[path] for path in paths)
+    for name, paths in packed.groups(config).items()
   }
-  for name, paths in packed.groups(config).items():
-    sources = tuple(shapes[path] for path in paths)
-    lowered = packing._pack_group.lower(sources, config, name, 132)
-    if function == "_unpack_group":
-      lowered = packing._unpack_group.lower(
-        lowered.out_info, config, name, ("bfloat16",) * 3
-      )
-    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 2**26, name
+  layer = jax.ShapeDtypeStruct((), jnp.int32)
+  num_layers = config.num_hidden_layers
+  for name in packed.LAYER_GROUPS:
+    matrix = sources[name][0]
+    made = packing.packed_shapes(sources[name], config, name, 132)
+    to = (
+      ("bfloat16",) * 3,
+      matrix.format if format_name else None,
+      packed.chunk_format_of(matrix),
+    )
+    lowered = (
+      packing._pack_layer.lower(
+        made, sources[name], layer, config=config, name=name, num_ctas=132
+      ),
+      packing._unpack_layer.lower(
+        sources[name], made, layer, config, name, *to
+      ),
+    )
+    for one, target in zip(lowered, (made, sources[name]), strict=True):
+      memory = one.compile().memory_analysis()
+      assert memory.alias_size_in_bytes == num_bytes(target)
+      # As `_extra_bytes` has it.
+      most = 3 * max(num_bytes(made), num_bytes(sources[name])) // num_layers
+      assert memory.temp_size_in_bytes <= most, name
+  for name in ("lm_head", "embedding", "norms"):
+    if name in sources:
+      whole = packing._pack_whole.lower(sources[name], config, name, 132)
+      assert whole.compile().memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_memory_in_pieces_is_an_error_that_says_so(make_config, monkeypatch):
+  model = random_model(make_config(**CONFIGS["head_128"]))
+  paths = packed.groups(model.config)["gate_up"]
+  flat = flax.traverse_util.flatten_dict(model.params)
+  sources = tuple(flat[path] for path in paths)
+  largest = packing.packed_shapes(sources, model.config, "gate_up", 2).size
+  zeros = jnp.zeros
+
+  def in_pieces(shape, dtype=None):
+    if np.prod(shape) < largest:
+      return zeros(shape, dtype)
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(jnp, "zeros", in_pieces)
+  with pytest.raises(RequestError, match="packing takes an array of .* pieces"):
+    ffjax.pack(model, num_ctas=2)
+  # The largest group comes first, so that nothing is lost.
+  assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
+
+  def broken(shape, dtype=None):
+    if shape == ():
+      return zeros(shape)
+    raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+  monkeypatch.setattr(jnp, "zeros", broken)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+    ffjax.pack(model, num_ctas=2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_not_taken_is_joined(monkeypatch, fails):
+  made = []
+
+  class Growing:
+    platform = "gpu"
+
+    def memory_stats(self):
+      taken = sum(x.size for x in made)
+      return dict(bytes_limit=5 * 2**20 + 3, bytes_in_use=0, pool_bytes=taken)
+
+  zeros = jnp.zeros
+
+  def watched(shape, dtype):
+    if fails:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    made.append(zeros(shape, dtype))
+    return made[-1]
+
+  monkeypatch.setattr(device_memory, "default_device", Growing)
+  monkeypatch.setattr(jnp, "zeros", watched)
+  for _ in range(2):
+    device_memory.join_pieces()
+    assert [x.nbytes for x in made] == ([] if fails else [5 * 2**20])
+    assert all(x.is_deleted() for x in made)
+
+
+def test_there_is_nothing_to_join_on_a_cpu(monkeypatch):
+  device = jax.devices("cpu")[0]
+  monkeypatch.setattr(device_memory, "default_device", lambda: device)
+  monkeypatch.setattr(jnp, "zeros", None)
+  device_memory.join_pieces()
 
 
 # ---- the reference ---------------------------------------------------------
@@ -302,17 +428,11 @@ def test_lm_head_in_blocks(make_config, monkeypatch, vocab_size):
 @functools.cache
 def temporary_bytes(config):
   """Temporary memory of prefill and of the loop over steps, and the model's."""
-  tree = jax.eval_shape(lambda: ffjax.random_model(config).params)
-  flat = flax.traverse_util.flatten_dict(tree)
+  flat = shapes_of(config)
   fields = {"embedding": None}
   for name, paths in packed.groups(config).items():
     sources = tuple(flat[path] for path in paths)
-    fields[name] = jax.eval_shape(
-      functools.partial(
-        packing._pack_group, config=config, name=name, num_ctas=4
-      ),
-      sources,
-    )
+    fields[name] = packing.packed_shapes(sources, config, name, 4)
   model = ffjax.Model(
     params=packed.PackedParams(**fields, norm_dtypes=("bfloat16",) * 3),
     config=config,
@@ -455,14 +575,16 @@ def test_numbers_of_ctas(make_config, monkeypatch):
 
 def test_packing_that_does_not_fit_leaves_the_model(make_config, monkeypatch):
   model = random_model(make_config(**CONFIGS["even"]))
-  needed = 2 * 2 * 1024 * 1024 * 2
+  group = 2 * 2 * 1024 * 1024 * 2
+  # And what packing a layer of it takes.
+  needed = group + 3 * group // 2
   monkeypatch.setattr(device_memory, "free_bytes", lambda _: needed - 1)
   with pytest.raises(RequestError, match="packing: .* takes"):
     ffjax.pack(model, num_ctas=2)
   assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
   monkeypatch.setattr(device_memory, "free_bytes", lambda _: needed)
   model = ffjax.pack(model, num_ctas=2)
-  needed = model.params.gate_up.nbytes
+  assert model.params.gate_up.nbytes == group
   monkeypatch.setattr(device_memory, "free_bytes", lambda _: needed - 1)
   with pytest.raises(RequestError, match="unpacking: .* takes"):
     ffjax.unpack(model)

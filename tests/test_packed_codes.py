@@ -362,8 +362,8 @@ def test_a_head_of_true_size_takes_no_temporary_arrays():
   )
   chunk_format = packed.chunk_format_of(head)
   table = packing._pack_table.lower(head, config, 132)
-  packs = packing._pack_group.lower((head,), config, "lm_head", 132)
-  unpacks = packing._unpack_group.lower(
+  packs = packing._pack_whole.lower((head,), config, "lm_head", 132)
+  unpacks = packing._unpack_whole.lower(
     packs.out_info,
     config,
     "lm_head",
