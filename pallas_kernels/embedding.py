@@ -116,7 +116,13 @@ def _emit_embed(
     ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
   ]
   operands: list[Any] = []
+  # Without this, every thread has something to do in every turn.
+  partial = what.num_pieces % what.num_threads != 0
   for n, t in enumerate(threads.turns(what.num_pieces, what.num_threads)):
+    there = t < what.num_pieces
+    if partial:
+      # Who has nothing to do reads the first piece, which then counts nothing.
+      t = t * there
     element, byte = what.piece(t)
     gain = norm * (what.num_pieces * PIECE_COLUMNS) + t * PIECE_COLUMNS
     k = len(operands)
@@ -126,11 +132,18 @@ def _emit_embed(
       norms.plus(gain, F32_BYTES),
     ]
     registers = ", ".join(f"w{n}_{j}" for j in range(4))
+    code.append(
+      f".reg .b32 {registers}; ld.global.nc.v4.b32 {{{registers}}}, [${k}];"
+    )
+    if partial:
+      operands.append(there)
+      code.append(f".reg .pred in{n}; setp.ne.b32 in{n}, ${k + 3}, 0;")
+      code += [f"@!in{n} mov.b32 w{n}_{j}, 0;" for j in range(4)]
     code += [
-      f".reg .b32 {registers}; ld.global.nc.v4.b32 {{{registers}}}, [${k}];",
       gains.load_gain(n, k + 2),
       gains.apply_gain(n, n, 0),
-      f"st.shared.v4.b32 [${k + 1}], {{{registers}}};",
+      f"{f'@in{n} ' if partial else ''}st.shared.v4.b32 [${k + 1}],"
+      f" {{{registers}}};",
     ]
   code += [gains.store_squares(0, len(operands)), "}"]
   mosaic.asm(

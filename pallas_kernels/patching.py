@@ -86,7 +86,7 @@ def _emit_patch(
       place(ring_row, piece),
       there,
     )
-  for t in threads.turns(what.num_cleared):
+  for t in threads.turns(what.num_cleared, guarded=False):
     beyond, ring_row, piece = what.cleared(t, v_row, row)
     mosaic.asm(
       "{ .reg .pred p; .reg .b32 z; mov.b32 z, 0; setp.ne.b32 p, $1, 0;"

@@ -45,8 +45,21 @@ def tiled_byte(row: Any, byte: Any) -> Any:
   return tile * TILE_BYTES + row * TILE_ROW_BYTES + within
 
 
-def turns(count: int, num_threads: int = THREADS) -> list[Any]:
-  """Returns which of `count` things a thread does, one after the other."""
+def turns(
+  count: int, num_threads: int = THREADS, *, guarded: bool = True
+) -> list[Any]:
+  """Returns which of `count` things a thread does, one after the other.
+
+  Args:
+    count: how many there are.
+    num_threads: how many threads do them.
+    guarded: whether the caller sees to numbers that are not below `count`.
+
+  Raises:
+    ValueError: there would be such numbers, and nobody sees to them.
+  """
+  if count % num_threads and not guarded:
+    raise ValueError(f"{count} is not a multiple of {num_threads} threads")
   t = mosaic.thread_index(num_threads)
   return [t + i * num_threads for i in range(-(-count // num_threads))]
 

@@ -449,6 +449,9 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     if norms is not None:
       one = what[0]
       for j, t in sorted({turn[2]: turn[3] for turn in some}.items()):
+        if one.num_pairs % one.num_threads != 0:
+          # Who has nothing to do reads the first weights.
+          t = t * (t < one.num_pairs)
         element = norm * (one.num_rows * one.row_words * 4) + t * PIECE_COLUMNS
         declare.append(gains.load_gain(j, len(operands)))
         operands.append(norms.plus(element, F32_BYTES))
