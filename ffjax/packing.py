@@ -3,7 +3,8 @@
 The weights are on the device once, before and after: a group of matrices is
 packed, layer by layer into an array that is there from the start, then its
 source is deleted, then comes the next group. The largest group is the first, when
-least has grown by padding and what does not fit has not cost the model.
+least has grown by padding and what does not fit has not cost the model. The
+table of a quantised embedding is made, and counted, with the embedding's group.
 """
 
 import dataclasses
@@ -323,7 +324,7 @@ def _table_shape(
   (embedding,) = sources
   if not isinstance(embedding, QuantizedMatrix):
     return None
-  make = functools.partial(_pack_table, config=config, num_ctas=num_ctas)
+  make = functools.partial(packed.pack_table, config, num_ctas)
   return jax.eval_shape(make, embedding)
 
 

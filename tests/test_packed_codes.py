@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import chex
 import flax.traverse_util
@@ -328,6 +329,107 @@ def test_a_table_counts_when_packing_has_to_fit(make_config, monkeypatch):
   with pytest.raises(RequestError, match="packing: .* padding takes"):
     ffjax.pack(model, num_ctas=3)
   assert not any(x.is_deleted() for x in jax.tree.leaves(model.params))
+
+
+def _one_array_for_both(model):
+  """Returns an untied model whose embedding is its LM head, in new wrappers."""
+  embedding = jax.tree.map(lambda x: x, model.params["lm_head"])
+  return model.replace(params={**model.params, "embed_tokens": embedding})
+
+
+@pytest.mark.parametrize(
+  "kind", ["tied", "untied", "one array", "on host", "head only"]
+)
+@pytest.mark.parametrize("vocab_size", [41, 5000])
+def test_no_more_memory_is_taken_than_was_asked_for(
+  make_config, kind, vocab_size, monkeypatch
+):
+  """Wherever in the order of groups the table is made."""
+  config = make_config(
+    **{**_SIZES, "vocab_size": vocab_size},
+    tie_word_embeddings=kind == "tied",
+  )
+  embedding = None if kind == "head only" else "int4_g32_asym"
+  model = quantised(config, "int4_g64", "int8", embedding)
+  if kind == "one array":
+    model = _one_array_for_both(model)
+  expected = on_host(copied(model))
+  if kind == "on host":
+    model = expected
+  gc.collect()
+  order, live, asked = [], [], []
+  begin = sum(x.nbytes for x in jax.live_arrays())
+
+  def watch(name, called):
+    function = getattr(packing, name)
+
+    def watched(*args, **kwargs):
+      made = jax.block_until_ready(function(*args, **kwargs))
+      order.append(called or next(x for x in args if isinstance(x, str)))
+      live.append(sum(x.nbytes for x in jax.live_arrays()) - begin)
+      return made
+
+    monkeypatch.setattr(packing, name, watched)
+
+  watch("_pack_table", "table")
+  watch("_pack_group", None)
+  watch("_unpack_group", None)
+  monkeypatch.setattr(
+    device_memory, "require", lambda num_bytes, _: asked.append(num_bytes)
+  )
+  # Those are gone whenever it is looked.
+  monkeypatch.setattr(packing, "_TEMPORARY_LAYERS", 0)
+  made = ffjax.pack(model, num_ctas=3)
+  groups = list(packed.groups(config))
+  assert sorted(x for x in order if x != "table") == sorted(groups)
+  if kind == "head only":
+    assert "table" not in order
+  else:
+    looked_up = "lm_head" if kind == "tied" else "embedding"
+    at = order.index("table")
+    assert order[at + 1] == looked_up
+    # With its table, that is the largest group only of a large vocabulary.
+    assert (at == 0) == (vocab_size == 5000)
+  if kind == "on host":
+    assert max(live) <= asked[0]
+  else:
+    assert max(live) == asked[0]
+    assert all(x.is_deleted() for x in jax.tree.leaves(model.params))
+  left = sum(x.nbytes for x in jax.tree.leaves(made.params))
+  assert sum(x.nbytes for x in jax.live_arrays()) - begin == left - (
+    0 if kind == "on host" else sum(_sizes_of(expected, kind))
+  )
+  order.clear()
+  live.clear()
+  begin = sum(x.nbytes for x in jax.live_arrays())
+  again = ffjax.unpack(made)
+  assert sorted(order) == sorted(groups)
+  assert max(live) <= asked[1]
+  assert all(x.is_deleted() for x in jax.tree.leaves(made.params))
+  assert_same_bits(again.params, expected.params)
+
+
+def _sizes_of(model, kind):
+  """Returns the bytes of each array, of one that is there twice once."""
+  params = dict(model.params)
+  if kind == "one array":
+    del params["embed_tokens"]
+  return [x.nbytes for x in jax.tree.leaves(params)]
+
+
+def test_memory_in_pieces_leaves_the_table_when_unpacking(
+  make_config, monkeypatch
+):
+  config = make_config(**_SIZES, tie_word_embeddings=True)
+  made = ffjax.pack(quantised(config, "int4_g64", "int8"), num_ctas=3)
+
+  def in_pieces(shapes, what):
+    raise RequestError(f"{what} takes an array")
+
+  monkeypatch.setattr(device_memory, "zeros", in_pieces)
+  with pytest.raises(RequestError, match="unpacking takes an array"):
+    ffjax.unpack(made)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(made.params))
 
 
 @pytest.mark.skipif(
