@@ -88,6 +88,7 @@ class KernelLoop:
     num_steps: launches.
     timed: whether the kernel counts its time, which costs some.
     in_flight: chunks that a CTA asks for at a time; None is the table's choice.
+    compute_wgs: warpgroups of a CTA that compute; None is the table's choice.
   """
 
   model: ffjax.Model
@@ -97,6 +98,7 @@ class KernelLoop:
   num_steps: int
   timed: bool
   in_flight: int | None = None
+  compute_wgs: int | None = None
 
   def __call__(self) -> Run:
     """Runs."""
@@ -110,6 +112,7 @@ class KernelLoop:
       jax.devices()[0].device_kind,
       params.chunk_format,
       head_format=params.head_chunk_format,
+      compute_wgs=self.compute_wgs,
     )
     if self.in_flight is not None:
       plan = dataclasses.replace(plan, in_flight=self.in_flight)

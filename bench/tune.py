@@ -1,11 +1,13 @@
 """Measures what the table of `pallas_kernels.tuning` should hold for a device.
 
-Launches of the kernel take turns, with from 1 to `--most` chunks in flight; all
-must choose the same tokens, and the kernel as the table has it must be right.
+Launches of the kernel take turns, with from 1 to `--most` chunks in flight and
+with one and two compute warpgroups; all must choose the same tokens, and the kernel
+as the table has it must be right.
 
   python -m bench.tune --preset=llama-3.2-1b --output=FILE.json
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,29 +37,33 @@ def main(argv: list[str]) -> None:
   (length,) = flags.prompts()
   batch, num_steps = flags.BATCH.value, flags.STEPS.value
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  model = ffjax.pack(ffjax.random_model(config, loops.SEED))
+  model = ffjax.pack(
+    ffjax.random_model(config, loops.SEED, format_name=flags.FORMAT.value)
+  )
   token_ids = loops.prompt(config.vocab_size, batch, length)
   capacity = rounded_capacity(length + num_steps)
   checked = checks.Checker(model, token_ids, capacity).implementation("fused")
   checked.require("fused")
   last_ids: dict[str, np.ndarray] = {}
 
-  def timed(chunks: int) -> Any:
+  def timed(name: str, chunks: int, compute_wgs: int) -> Any:
     loop = kernel_steps.KernelLoop(
-      model, batch, length, capacity, num_steps, False, chunks
+      model, batch, length, capacity, num_steps, False, chunks, compute_wgs
     )
 
     def call() -> float:
       run = loop()
-      last_ids[f"in flight: {chunks}"] = run.token_ids
+      last_ids[name] = run.token_ids
       return run.step_ms
 
     return call
 
+  candidates = {}
+  for n, wgs in itertools.product(range(1, _MOST.value + 1), (1, 2)):
+    name = f"in flight: {n}, compute warpgroups: {wgs}"
+    candidates[name] = timed(name, n, wgs)
   samples = harness.interleave(
-    {f"in flight: {n}": timed(n) for n in range(1, _MOST.value + 1)},
-    flags.WARM_UPS.value,
-    flags.REPEATS.value,
+    candidates, flags.WARM_UPS.value, flags.REPEATS.value
   )
   first = next(iter(last_ids.values()))
   others = [name for name, ids in last_ids.items() if (ids != first).any()]
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> None:
     raise harness.CheckFailedError(f"other tokens with {others}")
   harness.Result(
     bench="bench.tune",
-    flags=flags.values(*flags.LOOP),
+    flags=flags.values(*flags.LOOP, flags.FORMAT),
     device=environment.jax_device(),
     commit=commit,
     data=loops.DATA,

@@ -244,7 +244,7 @@ def make_plan(
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
   if compute_wgs is None:
     compute_wgs = tuning.compute_wgs(
-      layer_format.bits, geometry.hidden_size, batch
+      layer_format.bits, geometry.padded_hidden_size, batch
     )
   plan = Plan(
     *(geometry, schedule, batch, capacity, num_ctas, in_flight, compute_wgs)

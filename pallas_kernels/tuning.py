@@ -27,19 +27,19 @@ def in_flight(device_kind: str | None, hidden_size: int) -> int:
   return by_width[max(width for width in by_width if width <= hidden_size)]
 
 
-def compute_wgs(bits: int, hidden_size: int, batch: int) -> int:
+def compute_wgs(bits: int, padded_hidden_size: int, batch: int) -> int:
   """Returns how many warpgroups of a CTA compute.
 
   A second one is worth it where computing, or receiving activations, is what
-  memory waits for; else its meetings only cost. On an H100 that is a model of few
-  bits of D = 2,048, not of 4,096, and 8 sequences of bfloat16 (bench/LOG.md). With
-  many sequences, codes take more registers than there are for two.
+  memory waits for; else its meetings only cost. On an H100 that is one sequence
+  on few bits, or 8 on bfloat16, with D = 2,048; at 4,096 it is not (bench/LOG.md).
+  Only what has been measured and checked there has two.
 
   Args:
     bits: of a weight of the layers.
-    hidden_size: D.
+    padded_hidden_size: D, padded to whole chunks.
     batch: B.
   """
-  if bits < 16:
-    return 2 if batch == 1 and hidden_size < 4096 else 1
-  return 2 if batch >= 4 else 1
+  if padded_hidden_size != 2048:
+    return 1
+  return 2 if (batch == 1 if bits < 16 else batch == 8) else 1

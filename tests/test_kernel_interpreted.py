@@ -85,6 +85,7 @@ _CASES = {
     384,
     (0, 63, 64, 130, 383, 257, 320, 7),
     (True, True, False, True, True, True, True, True),
+    compute_wgs=2,
   ),
 }
 

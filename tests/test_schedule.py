@@ -368,3 +368,16 @@ def test_a_plan_takes_the_chunks_in_flight_of_its_device():
   assert plans[None] == plans["NVIDIA H100 80GB HBM3"]
   assert plans[None].in_flight == 2
   assert plans["NVIDIA H200"].in_flight == 3
+
+
+def test_a_second_warpgroup_computes_where_it_was_faster():
+  def wgs(name, batch, **kwargs):
+    return make_plan(_MODELS[name], batch, 64, 132, **kwargs).compute_wgs
+
+  int4 = Format(4, group=128)
+  assert wgs("llama-3.2-1b", 1) == 1
+  assert wgs("llama-3.2-1b", 8) == 2
+  assert wgs("llama-3.2-1b", 1, layer_format=int4) == 2
+  assert wgs("llama-3.2-1b", 8, layer_format=int4) == 1
+  assert wgs("llama-3.1-8b", 1, layer_format=int4) == 1
+  assert wgs("llama-3.2-1b", 1, compute_wgs=2) == 2
