@@ -1,7 +1,7 @@
 """Says where the time of a fused step goes, phase by phase and CTA by CTA.
 
 Runs steps of a kernel that counts cycles (`pallas_kernels.times`). Of the
-compute warpgroup: waiting for other CTAs' results (and writing them to x),
+compute warpgroup, of two the first: waiting for other CTAs' results (and writing them to x),
 computing, waiting for chunks with the ring empty, finishing and sending. Of the
 memory warpgroup: waiting with the ring full, which is when memory is idle. A
 phase's figures are means over the CTAs that have a part in it, and the least and

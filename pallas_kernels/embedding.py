@@ -118,7 +118,9 @@ def _emit_embed(
   operands: list[Any] = []
   # Without this, every thread has something to do in every turn.
   partial = what.num_pieces % what.num_threads != 0
-  for n, t in enumerate(threads.turns(what.num_pieces, what.num_threads)):
+  for n, t in enumerate(
+    threads.turns(what.num_pieces, what.num_threads, guarded=True)
+  ):
     there = t < what.num_pieces
     if partial:
       # Who has nothing to do reads the first piece, which then counts nothing.
@@ -151,7 +153,7 @@ def _emit_embed(
     *operands,
     gains.squares_of(squares, square, 0, what.num_threads),
   )
-  for t in threads.turns(what.num_columns, what.num_threads):
+  for t in threads.turns(what.num_columns, what.num_threads, guarded=True):
     there, element = what.residual(t, start)
     mosaic.asm(
       "{ .reg .pred p; .reg .b16 h, z; .reg .b32 w; setp.ne.b32 p, $2, 0;"

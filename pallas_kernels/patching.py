@@ -76,7 +76,7 @@ def _emit_patch(
     within = swizzled_byte(ring_row, piece * PIECE_BYTES)
     return ring.plus(ring_row * TILE_ROW_BYTES + within, 1)
 
-  for t in threads.turns(what.num_pieces):
+  for t in threads.turns(what.num_pieces, guarded=True):
     there, source, ring_row, piece = what.copied(t, k_row, v_row, row)
     mosaic.asm(
       "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0;"
@@ -86,7 +86,7 @@ def _emit_patch(
       place(ring_row, piece),
       there,
     )
-  for t in threads.turns(what.num_cleared, guarded=False):
+  for t in threads.turns(what.num_cleared):
     beyond, ring_row, piece = what.cleared(t, v_row, row)
     mosaic.asm(
       "{ .reg .pred p; .reg .b32 z; mov.b32 z, 0; setp.ne.b32 p, $1, 0;"

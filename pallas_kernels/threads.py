@@ -46,7 +46,7 @@ def tiled_byte(row: Any, byte: Any) -> Any:
 
 
 def turns(
-  count: int, num_threads: int = THREADS, *, guarded: bool = True
+  count: int, num_threads: int = THREADS, *, guarded: bool = False
 ) -> list[Any]:
   """Returns which of `count` things a thread does, one after the other.
 

@@ -16,7 +16,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.layouts import I32, Index, Ref
 from pallas_kernels.plan import NUM_PHASES, QKV
 
-# What cycles are spent on: by the compute warpgroup, waiting for results and
+# What cycles are spent on: by the first compute warpgroup, waiting for results and
 # writing them to x; multiplying, waits for chunks included; those waits alone;
 # sums, what becomes of them, and sending. By the memory warpgroup, waiting for
 # a free slot. And by all, from the first instruction to the last, once in cycles

@@ -381,7 +381,7 @@ def _emit_send(
       f" {_make_room('x')} or.b32 x, x, $3; mov.b64 w, {{x, y}};"
       " @p st.relaxed.gpu.global.b64 [$0], w;"
     )
-  for t in threads.turns(what.num_payloads, what.num_threads):
+  for t in threads.turns(what.num_payloads, what.num_threads, guarded=True):
     sent, payload, word = what.place(t, start, count)
     mosaic.asm(
       "{ .reg .pred p, e; .reg .b32 x, y, m; .reg .b64 w;"
@@ -432,7 +432,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     # Without this, every thread has something to do in every turn.
     masked = one.masked or one.num_pairs % one.num_threads != 0
     for sequence in range(one.num_sequences):
-      turns_of_one = threads.turns(one.num_pairs, one.num_threads)
+      turns_of_one = threads.turns(one.num_pairs, one.num_threads, guarded=True)
       for j, t in enumerate(turns_of_one):
         wants_a, wants_b, word, byte = one.place(sequence, t, column, valid)
         addresses = (
