@@ -1,11 +1,11 @@
 """Says where the time of a fused step goes, phase by phase and CTA by CTA.
 
 Runs steps of a kernel that counts cycles (`pallas_kernels.times`). Of the
-compute warpgroup, of two the first: waiting for other CTAs' results (and writing them to x),
-computing, waiting for chunks with the ring empty, finishing and sending. Of the
-memory warpgroup: waiting with the ring full, which is when memory is idle. A
-phase's figures are means over the CTAs that have a part in it, and the least and
-the most of them.
+compute warpgroup, of two the first: waiting for other CTAs' results (and writing
+them to x), computing, waiting for chunks with the ring empty, finishing and
+sending. Of the memory warpgroup: waiting with the ring full, which is when memory
+is idle. A phase's figures are means over the CTAs that have a part in it, and the
+least and the most of them.
 
   python -m bench.timeline --preset=llama-3.2-1b --position=96 --output=FILE.json
 
