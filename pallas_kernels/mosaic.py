@@ -4,11 +4,12 @@ Written against JAX 0.11.2. The rest of the package uses `jax`, `pl` and `plgpu`
 by their public names.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,24 @@ def missing() -> str | None:
     wanted = ".".join(map(str, MIN_JAX))
     return f"it needs JAX {wanted} or later, and this is {jax.__version__}"
   return None
+
+
+@contextlib.contextmanager
+def silent_constraints() -> Iterator[None]:
+  """Keeps Mosaic from writing out what it infers layouts from, where it dumps.
+
+  That takes longer than all the rest of a compilation.
+  """
+  constraints = importlib.import_module(
+    "jax.experimental.mosaic.gpu.constraints"
+  )
+  system = constraints.ConstraintSystem
+  real = system.__str__
+  system.__str__ = lambda self: ""
+  try:
+    yield
+  finally:
+    system.__str__ = real
 
 
 def keep_plain(*refs: jax.Array) -> None:

@@ -55,8 +55,8 @@ class Case:
     positions: of the new tokens, one per sequence.
     active: whether each sequence's cache is to grow.
     layer_format: how the layers' matrices are stored.
-    compute_wgs: warpgroups that compute, or None for the table's choice.
     head_format: how the LM head is.
+    compute_wgs: warpgroups that compute, or None for the table's choice.
   """
 
   geometry: Geometry
@@ -65,8 +65,8 @@ class Case:
   positions: tuple[int, ...]
   active: tuple[bool, ...] = (True,)
   layer_format: Format = BF16
-  compute_wgs: int | None = None
   head_format: Format = BF16
+  compute_wgs: int | None = None
 
 
 # The ninth has no units but the LM head's last one.
