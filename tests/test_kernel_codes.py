@@ -40,6 +40,11 @@ def test_step(name):
   check(Case(TINY, 3, 64, (5,), layer_format=FORMATS[name]), detect_races=False)
 
 
+def test_two_compute_warpgroups():
+  case = Case(TINY, 3, 64, (5,), layer_format=FORMATS["int4_g32_asym"])
+  check(dataclasses.replace(case, compute_wgs=2), detect_races=False)
+
+
 # One scale of each of the head's rows, or eight of it in a chunk, beside layers of
 # other codes and of none.
 @pytest.mark.parametrize(
