@@ -14,10 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import ffjax
+from bench import flags, loops
 from ffjax import packed, rope
 from ffjax.cache import KVCache
 from pallas_kernels import kernel, times
 from pallas_kernels.plan import make_plan
+
+
+def packed_model(config: ffjax.LlamaConfig) -> ffjax.Model:
+  """Makes random weights, of what bits the flags say, and packs them."""
+  return ffjax.pack(
+    ffjax.random_model(
+      config,
+      loops.SEED,
+      format_name=flags.FORMAT.value,
+      head_format=flags.HEAD_FORMAT.value,
+    )
+  )
 
 
 @functools.partial(

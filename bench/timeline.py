@@ -63,14 +63,7 @@ def main(argv: list[str]) -> None:
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
   device_memory.join_pieces()
-  model = ffjax.pack(
-    ffjax.random_model(
-      config,
-      loops.SEED,
-      format_name=flags.FORMAT.value,
-      head_format=flags.HEAD_FORMAT.value,
-    )
-  )
+  model = kernel_steps.packed_model(config)
   batch, position = flags.BATCH.value, _POSITION.value
   capacity = rounded_capacity(position + 1)
   kernels = {

@@ -14,7 +14,6 @@ import numpy as np
 from absl import app
 from absl import flags as absl_flags
 
-import ffjax
 from bench import (
   ceilings,
   checks,
@@ -37,9 +36,7 @@ def main(argv: list[str]) -> None:
   (length,) = flags.prompts()
   batch, num_steps = flags.BATCH.value, flags.STEPS.value
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  model = ffjax.pack(
-    ffjax.random_model(config, loops.SEED, format_name=flags.FORMAT.value)
-  )
+  model = kernel_steps.packed_model(config)
   token_ids = loops.prompt(config.vocab_size, batch, length)
   capacity = rounded_capacity(length + num_steps)
   checked = checks.Checker(model, token_ids, capacity).implementation("fused")
@@ -71,7 +68,7 @@ def main(argv: list[str]) -> None:
     raise harness.CheckFailedError(f"other tokens with {others}")
   harness.Result(
     bench="bench.tune",
-    flags=flags.values(*flags.LOOP, flags.FORMAT),
+    flags=flags.values(*flags.LOOP, flags.FORMAT, flags.HEAD_FORMAT),
     device=environment.jax_device(),
     commit=commit,
     data=loops.DATA,

@@ -119,7 +119,6 @@ class PackedParams:
 
   def leaf_bytes(self, path: Path, shape: tuple[int, ...]) -> int:
     """Returns the bytes of a leaf without padding, given its shape."""
-    size = math.prod(shape)
     format, chunk_format = None, formats.BF16
     if path == EMBEDDING_PATH and self.embedding is not None:
       if isinstance(self.embedding, QuantizedMatrix):
@@ -128,14 +127,13 @@ class PackedParams:
       name = "qkv" if path[0] == "layers" else "lm_head"
       format, chunk_format = self.formats_of(name)
     if format is None:
-      return size * self.leaf_dtype(path).itemsize
-    num_scales = size // shape[-1] * format.num_groups(shape[-1])
+      return math.prod(shape) * self.leaf_dtype(path).itemsize
     entry_bytes = np.dtype(chunk_format.scale).itemsize
     if chunk_format.beside == "zero":
       entry_bytes += 1
     elif chunk_format.beside == "minimum":
       entry_bytes *= 2
-    return size * format.bits // 8 + num_scales * entry_bytes
+    return format.num_bytes(shape, entry_bytes)
 
   def formats_of(
     self, name: str

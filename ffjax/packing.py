@@ -199,10 +199,9 @@ def unpack(model: Model) -> Model:
     return model
   groups = packed.groups(model.config)
   stored = {name: params.stored(name) for name in groups}
+  unpacked = {name: _Group.of(params, model.config, name) for name in groups}
   shapes = {
-    name: _unpacked_shapes(
-      source, model.config, name, *_unpacked_to(params, name)
-    )
+    name: _unpacked_shapes(source, unpacked[name])
     for name, source in stored.items()
   }
   what = "unpacking: a second copy of a part of the model"
@@ -210,9 +209,7 @@ def unpack(model: Model) -> Model:
   flat: dict[Path, jax.Array] = {}
   for name in _largest_first(shapes):
     source = stored.pop(name)
-    made = _unpack_group(
-      source, shapes[name], model.config, name, *_unpacked_to(params, name)
-    )
+    made = _unpack_group(source, shapes[name], unpacked[name])
     flat.update(zip(groups[name], jax.block_until_ready(made), strict=True))
     _delete(source)
     if packed.EMBEDDING_PATH in groups[name]:
@@ -307,9 +304,34 @@ def _delete(tree: Any) -> None:
       array.delete()
 
 
-def _unpacked_to(params: PackedParams, name: str) -> tuple[Any, ...]:
-  """Returns what `_unpack_group` has to know of a group, all static."""
-  return params.norm_dtypes, *params.formats_of(name)
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """A group of a packed model; all of it is static where it is unpacked.
+
+  Attributes:
+    config: the model.
+    name: of the group.
+    norm_dtypes: see `PackedParams`.
+    format: what its matrices were quantised to, or None.
+    chunk_format: how the kernel has them.
+  """
+
+  config: LlamaConfig
+  name: str
+  norm_dtypes: tuple[str, ...]
+  format: Format | None
+  chunk_format: formats.Format
+
+  @classmethod
+  def of(cls, params: PackedParams, config: LlamaConfig, name: str) -> "_Group":
+    """Returns a group by its name."""
+    return cls(config, name, params.norm_dtypes, *params.formats_of(name))
+
+  def matrices(self, chunks: Any) -> tuple[Any, ...]:
+    """Unpacks chunks, of one layer if layers have them."""
+    return packed.unpack_matrices(
+      self.config, self.name, chunks, self.format, self.chunk_format
+    )
 
 
 def _table_shape(
@@ -358,18 +380,11 @@ def packed_shapes(
   )
 
 
-def _unpacked_shapes(
-  source: Any, config: LlamaConfig, name: str, *to: Any
-) -> tuple[Any, ...]:
+def _unpacked_shapes(source: Any, group: _Group) -> tuple[Any, ...]:
   """Returns the shapes of a group's leaves in the tree."""
-  if name not in packed.LAYER_GROUPS:
-    return jax.eval_shape(lambda x: _unpack_whole(x, config, name, *to), source)
-  _, format, chunk_format = to
-  return _stacked_shapes(
-    config,
-    lambda x: packed.unpack_matrices(config, name, x, format, chunk_format),
-    source,
-  )
+  if group.name not in packed.LAYER_GROUPS:
+    return jax.eval_shape(lambda x: _unpack_whole(x, group), source)
+  return _stacked_shapes(group.config, group.matrices, source)
 
 
 def _stacked_shapes(config: LlamaConfig, function: Any, stacks: Any) -> Any:
@@ -498,58 +513,38 @@ def _pack_norms(
   return jnp.pad(joined, ((0, 0), (0, width - config.hidden_size)))
 
 
-def _unpack_group(
-  source: Any, shapes: Any, config: LlamaConfig, name: str, *to: Any
-) -> tuple[Any, ...]:
-  """Undoes `_pack_group`; `to` is what `_unpacked_to` returns."""
-  if name not in packed.LAYER_GROUPS:
-    return _unpack_whole(source, config, name, *to)
+def _unpack_group(source: Any, shapes: Any, group: _Group) -> tuple[Any, ...]:
+  """Undoes `_pack_group`."""
+  if group.name not in packed.LAYER_GROUPS:
+    return _unpack_whole(source, group)
   made = device_memory.zeros(shapes, "unpacking")
-  for layer in range(config.num_hidden_layers):
+  for layer in range(group.config.num_hidden_layers):
     parts = _on_device(source, layer)
     made = jax.block_until_ready(
-      _unpack_layer(made, parts, np.int32(layer), config, name, *to)
+      _unpack_layer(made, parts, np.int32(layer), group)
     )
   return made
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _unpack_whole(
-  source: Any,
-  config: LlamaConfig,
-  name: str,
-  norm_dtypes: tuple[str, ...],
-  format: Format | None,
-  chunk_format: formats.Format,
-) -> tuple[Any, ...]:
-  if name == "norms":
-    rows = source[:, : config.hidden_size]
+@functools.partial(jax.jit, static_argnames="group")
+def _unpack_whole(source: Any, group: _Group) -> tuple[Any, ...]:
+  if group.name == "norms":
+    rows = source[:, : group.config.hidden_size]
     parts = (rows[:-1:2], rows[1::2], rows[-1])
-    return tuple(x.astype(d) for x, d in zip(parts, norm_dtypes, strict=True))
+    return tuple(
+      x.astype(d) for x, d in zip(parts, group.norm_dtypes, strict=True)
+    )
   if isinstance(source, QuantizedMatrix):
     return (jax.tree.map(jnp.copy, source),)
-  return packed.unpack_matrices(config, name, source, format, chunk_format)
+  return group.matrices(source)
 
 
-@functools.partial(
-  jax.jit, static_argnums=(3, 4, 5, 6, 7), donate_argnames=("made",)
-)
+@functools.partial(jax.jit, static_argnames="group", donate_argnames=("made",))
 def _unpack_layer(
-  made: tuple[Any, ...],
-  source: Any,
-  layer: jax.Array,
-  config: LlamaConfig,
-  name: str,
-  norm_dtypes: tuple[str, ...],
-  format: Format | None,
-  chunk_format: formats.Format,
+  made: tuple[Any, ...], source: Any, layer: jax.Array, group: _Group
 ) -> tuple[Any, ...]:
   """Unpacks one layer in its place."""
-  del norm_dtypes
-  one = packed.unpack_matrices(
-    config, name, _layer(source, layer), format, chunk_format
-  )
-  return _with_layer(made, one, layer)
+  return _with_layer(made, group.matrices(_layer(source, layer)), layer)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "path"))
@@ -558,13 +553,9 @@ def _tensor(
 ) -> Any:
   (name,) = (k for k, paths in packed.groups(config).items() if path in paths)
   index = packed.groups(config)[name].index(path)
-  source, to = params.stored(name), _unpacked_to(params, name)
+  source, group = params.stored(name), _Group.of(params, config, name)
   if name in packed.LAYER_GROUPS:
     # Only the layer that is wanted.
-    _, format, chunk_format = to
-    source = _layer(source, layer)
-    return packed.unpack_matrices(config, name, source, format, chunk_format)[
-      index
-    ]
-  leaf = _unpack_whole(source, config, name, *to)[index]
+    return group.matrices(_layer(source, layer))[index]
+  leaf = _unpack_whole(source, group)[index]
   return _layer(leaf, layer) if path[0] == "layers" else leaf

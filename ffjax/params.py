@@ -273,14 +273,12 @@ def random_model(
     formats = matrix_formats(config, format_name, head_format)
   num_bytes = 0
   for leaf in leaves(config):
-    size, format = math.prod(leaf.shape), formats.get(leaf.path)
+    format = formats.get(leaf.path)
     if format is None:
-      num_bytes += size * dtype.itemsize
-      continue
-    columns = leaf.shape[-1]
-    num_groups = size // columns * format.num_groups(columns)
-    num_bytes += size * format.bits // 8
-    num_bytes += num_groups * (dtype.itemsize + (not format.symmetric))
+      num_bytes += math.prod(leaf.shape) * dtype.itemsize
+    else:
+      entry_bytes = dtype.itemsize + (not format.symmetric)
+      num_bytes += format.num_bytes(leaf.shape, entry_bytes)
   device_memory.require(num_bytes, f"the model as {format_name or dtype.name}")
 
   def plain(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:

@@ -7,6 +7,7 @@ quantised matrices; down the flow: the reference dequantises them layer by layer
 
 import dataclasses
 import functools
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -46,6 +47,18 @@ class Format:
   def num_groups(self, num_columns: int) -> int:
     """Returns how many scales a row of so many weights has."""
     return 1 if self.group_size is None else num_columns // self.group_size
+
+  def num_bytes(self, shape: tuple[int, ...], entry_bytes: int) -> int:
+    """Returns the bytes of a matrix, or a stack of them.
+
+    Args:
+      shape: `[..., out, in]`, of weights.
+      entry_bytes: of a scale and what is beside it.
+    """
+    *outer, num_columns = shape
+    codes_bytes = math.prod(shape) * self.bits // 8
+    num_entries = math.prod(outer) * self.num_groups(num_columns)
+    return codes_bytes + num_entries * entry_bytes
 
 
 def _table() -> dict[str, Format]:

@@ -105,15 +105,14 @@ class Stream(CtaBase):
     return place.next(user)
 
   def stream_weights(
-    self, place: Place, packed: Ref, matmul: Matmul, scales: Ref | None = None
+    self, place: Place, matmul: Matmul, layer: Index | None = None
   ) -> Place:
-    """Streams this CTA's units of a layer's matrix, as `MatmulPhases` does.
+    """Streams this CTA's units of a matrix, as `MatmulPhases` does.
 
     Args:
       place: where in the stream.
-      packed: `[P, n, rows of the ring, 64]`.
       matmul: how it is dealt out.
-      scales: `[P, n, rows, 32]` int32 of codes, or None.
+      layer: whose matrix it is, or None if layers have none.
 
     Returns:
       The stream's next place.
@@ -123,6 +122,13 @@ class Stream(CtaBase):
     _, count = self.runs[matmul.name]
     half, per_unit = CHUNK_ROWS // 2, matmul.chunks_per_unit
     per_block = plan.block_chunks(matmul)
+
+    def operand(kind: str) -> Ref:
+      ref = getattr(self, f"{kind}_{matmul.name}")
+      return ref if layer is None else ref.at[layer]
+
+    packed = operand("w")
+    scales = operand("s") if matmul.format.is_packed else None
 
     def load(j: Index, place: Place) -> Place:
       # Groups begin with the first warpgroup's turn.
@@ -190,24 +196,16 @@ class Stream(CtaBase):
     plan, s = self.plan, self.plan.schedule
 
     def layer_stream(layer: Index, place: Place) -> Place:
-      def weights(place: Place, matmul: Matmul) -> Place:
-        scales = None
-        if matmul.format.is_packed:
-          scales = getattr(self, f"s_{matmul.name}").at[layer]
-        packed = getattr(self, f"w_{matmul.name}").at[layer]
-        return self.stream_weights(place, packed, matmul, scales)
-
-      place = weights(place, s.qkv)
+      place = self.stream_weights(place, s.qkv, layer)
       place = self.stream_keys_and_values(place, layer)
       for matmul in (s.o, s.gate_up, s.down):
-        place = weights(place, matmul)
+        place = self.stream_weights(place, matmul, layer)
       return place
 
     place = lax.fori_loop(
       0, self.num_layers, layer_stream, Place(I32(0), I32(0))
     )
-    of_head = self.s_lm_head if s.lm_head.format.is_packed else None
-    place = self.stream_weights(place, self.w_lm_head, s.lm_head, of_head)
+    place = self.stream_weights(place, s.lm_head)
     i = place.i
 
     # Every completion of a barrier must be awaited.

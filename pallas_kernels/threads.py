@@ -108,14 +108,12 @@ class Team:
 
   def commit(self) -> None:
     """Meets, and what has been written is there for `wgmma` and bulk stores."""
-    if self.num_wgs == 1:
-      plgpu.commit_smem()
-    elif self.barrier is not None:
-      plgpu.commit_smem()
-      self.meet()
-    else:
-      # A commit of Pallas would be this and a barrier of each warpgroup.
+    if self.num_wgs > 1 and self.barrier is None:
+      # A commit of Pallas is this and a barrier of each warpgroup by itself.
       run(Fence(), _emit_fence, [], [], [])
+    else:
+      plgpu.commit_smem()
+    if self.num_wgs > 1:
       self.meet()
 
 

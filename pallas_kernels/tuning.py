@@ -12,6 +12,11 @@ _IN_FLIGHT = {
   # Not measured: as many more as its memory is faster at the same latency.
   "NVIDIA H200": {1: 3, 4096: 4},
 }
+# Where a second warpgroup computes: D, padded to whole chunks, whether weights
+# are of few bits, and B. It is worth it where computing, or receiving activations,
+# is what memory waits for; else its meetings only cost, as at D = 4,096. Only what
+# has been measured and checked on an H100 is here.
+_TWO_COMPUTE_WGS = {(2048, True, 1), (2048, False, 8)}
 # For a device that nobody has measured.
 _DEFAULT = "NVIDIA H100 80GB HBM3"
 
@@ -30,16 +35,9 @@ def in_flight(device_kind: str | None, hidden_size: int) -> int:
 def compute_wgs(bits: int, padded_hidden_size: int, batch: int) -> int:
   """Returns how many warpgroups of a CTA compute.
 
-  A second one is worth it where computing, or receiving activations, is what
-  memory waits for; else its meetings only cost. On an H100 that is one sequence
-  on few bits, or 8 on bfloat16, with D = 2,048; at 4,096 it is not (bench/LOG.md).
-  Only what has been measured and checked there has two.
-
   Args:
     bits: of a weight of the layers.
     padded_hidden_size: D, padded to whole chunks.
     batch: B.
   """
-  if padded_hidden_size != 2048:
-    return 1
-  return 2 if (batch == 1 if bits < 16 else batch == 8) else 1
+  return 2 if (padded_hidden_size, bits < 16, batch) in _TWO_COMPUTE_WGS else 1

@@ -276,8 +276,8 @@ def test_a_layer_goes_to_its_place_with_no_copy_of_the_group(
   for name in packed.LAYER_GROUPS:
     matrix = sources[name][0]
     made = packing.packed_shapes(sources[name], config, name, 132)
-    to = (
-      ("bfloat16",) * 3,
+    group = packing._Group(
+      *(config, name, ("bfloat16",) * 3),
       matrix.format if format_name else None,
       packed.chunk_format_of(matrix),
     )
@@ -285,9 +285,7 @@ def test_a_layer_goes_to_its_place_with_no_copy_of_the_group(
       packing._pack_layer.lower(
         made, sources[name], layer, config=config, name=name, num_ctas=132
       ),
-      packing._unpack_layer.lower(
-        sources[name], made, layer, config, name, *to
-      ),
+      packing._unpack_layer.lower(sources[name], made, layer, group),
     )
     for one, target in zip(lowered, (made, sources[name]), strict=True):
       memory = one.compile().memory_analysis()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_outputs import reference_outputs
 from test_packed import (
   Gpu,
   assert_fused_agrees,
@@ -32,9 +33,7 @@ from ffjax import (
   quantized,
   quantized_model,
 )
-from ffjax.cache import KVCache
 from ffjax.errors import RequestError
-from ffjax.implementation import reference_hidden, reference_logits
 from ffjax.quantized import FORMATS, QuantizedMatrix
 from pallas_kernels.plan import make_plan, operand_shapes
 
@@ -220,18 +219,9 @@ def test_all_operands_are_what_the_kernel_takes(make_config, names, tied):
 )
 @pytest.mark.parametrize("name", ["int4_g128_asym", "fp8"])
 def test_reference_reads_the_same_weights(config, name):
-  token_ids = np.asarray([[1, 5, 9, 7], [3, 2, 0, 0]], np.int32)
-  lengths = np.asarray([4, 2], np.int32)
-
-  @jax.jit
-  def run(model):
-    cache = KVCache.create(model.config, 2, 8, "bfloat16")
-    hidden, cache = reference_hidden(model, token_ids, lengths, cache)
-    return reference_logits(model, hidden), cache
-
   model = quantised(config, name)
-  expected = run(model)
-  found = run(ffjax.pack(model, num_ctas=3))
+  expected = reference_outputs(model, "bfloat16")
+  found = reference_outputs(ffjax.pack(model, num_ctas=3), "bfloat16")
   chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
   assert float(jnp.std(expected[0])) > 1e-2
 
@@ -251,14 +241,11 @@ def test_reference_reads_the_same_head(
 ):
   config = make_config(**_SIZES, num_hidden_layers=1, tie_word_embeddings=tied)
   model = quantised(config, *names)
-  token_ids = np.asarray([[1, 40, 9, 7], [3, 2, 0, 0]], np.int32)
-  lengths = np.asarray([4, 2], np.int32)
 
-  @jax.jit
   def run(model):
-    cache = KVCache.create(model.config, 2, 8, dtype)
-    hidden, cache = reference_hidden(model, token_ids, lengths, cache)
-    return reference_logits(model, hidden), cache
+    return reference_outputs(
+      model, dtype, token_ids=((1, 40, 9, 7), (3, 2, 0, 0))
+    )
 
   expected = run(model)
   made = ffjax.pack(model, num_ctas=3)
@@ -360,12 +347,17 @@ def test_no_more_memory_is_taken_than_was_asked_for(
   order, live, asked = [], [], []
   begin = sum(x.nbytes for x in jax.live_arrays())
 
+  def group_name(args):
+    return next(getattr(x, "name", x) for x in args if isinstance(x, named))
+
+  named = (str, packing._Group)
+
   def watch(name, called):
     function = getattr(packing, name)
 
     def watched(*args, **kwargs):
       made = jax.block_until_ready(function(*args, **kwargs))
-      order.append(called or next(x for x in args if isinstance(x, str)))
+      order.append(called or group_name(args))
       live.append(sum(x.nbytes for x in jax.live_arrays()) - begin)
       return made
 
@@ -467,11 +459,9 @@ def test_a_head_of_true_size_takes_no_temporary_arrays():
   packs = packing._pack_whole.lower((head,), config, "lm_head", 132)
   unpacks = packing._unpack_whole.lower(
     packs.out_info,
-    config,
-    "lm_head",
-    ("bfloat16",) * 3,
-    head.format,
-    chunk_format,
+    packing._Group(
+      config, "lm_head", ("bfloat16",) * 3, head.format, chunk_format
+    ),
   )
   for lowered in (table, packs, unpacks):
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from reference_outputs import reference_outputs
 
 import ffjax
 from ffjax import decode, params, quantized, rounding
-from ffjax.cache import KVCache
 from ffjax.errors import RequestError
-from ffjax.implementation import reference_hidden, reference_logits
 from ffjax.quantized import FORMATS, QuantizedMatrix
 
 _SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -215,19 +214,6 @@ def dequantized_model(model, dtype="bfloat16"):
   return model.replace(params=flax.traverse_util.unflatten_dict(plain))
 
 
-def _outputs(model, dtype):
-  token_ids = np.asarray([[1, 5, 9, 7], [3, 2, 0, 0]], np.int32)
-  lengths = np.asarray([4, 2], np.int32)
-
-  @jax.jit
-  def run(model):
-    cache = KVCache.create(model.config, 2, 8, dtype)
-    hidden, cache = reference_hidden(model, token_ids, lengths, cache)
-    return reference_logits(model, hidden), cache
-
-  return run(model)
-
-
 _WIDE = dict(
   hidden_size=128,
   intermediate_size=256,
@@ -256,14 +242,14 @@ def test_reference_is_the_model_of_the_dequantised_weights(
   assert {format.name for format in made.formats} == names
   assert made.matrix_dtypes == (set() if head_format else {jnp.dtype(dtype)})
   (logits, cache), (expected, expected_cache) = (
-    _outputs(x, dtype) for x in (made, dequantized_model(made, dtype))
+    reference_outputs(x, dtype) for x in (made, dequantized_model(made, dtype))
   )
   assert logits.dtype == jnp.float32
   chex.assert_trees_all_close(
     (logits, cache), (expected, expected_cache), rtol=1e-5, atol=1e-5
   )
   # And not the model of other weights.
-  other, _ = _outputs(model, dtype)
+  other, _ = reference_outputs(model, dtype)
   assert float(jnp.abs(other - logits).max()) > 1e-3
 
 
