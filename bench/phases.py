@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
   (length,) = flags.prompts()
   batch, num_steps = flags.BATCH.value, flags.STEPS.value
   measured = ceilings.measure(flags.CEILING_BYTES.value)
-  model = ffjax.pack(ffjax.random_model(config, loops.SEED))
+  model = kernel_steps.packed_model(config)
   token_ids = loops.prompt(config.vocab_size, batch, length)
   capacity = rounded_capacity(length + num_steps)
   checked = checks.Checker(model, token_ids, capacity).implementation("fused")
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
   )
   harness.Result(
     bench="bench.phases",
-    flags=flags.values(*flags.LOOP),
+    flags=flags.values(*flags.LOOP, flags.FORMAT, flags.HEAD_FORMAT),
     device=environment.jax_device(),
     commit=commit,
     data=loops.DATA,

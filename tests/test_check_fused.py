@@ -1,0 +1,81 @@
+"""`bench.check_fused` itself, with the reference in the place of the fused step.
+
+In a process of its own: its flags are not those of the command line.
+"""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PROGRAM = """
+import dataclasses, sys
+import jax.numpy as jnp
+from absl import flags
+import ffjax
+from bench import check_fused
+
+flags.FLAGS(["check_fused", *sys.argv[2:]])
+real = check_fused._step
+
+def step(model, token_ids, cache, *, name):
+  if name != "fused":
+    return real(model, token_ids, cache, name=name)
+  if sys.argv[1] == "another token":
+    token_ids = token_ids + 1
+  if sys.argv[1] == "what is not live":
+    cache = dataclasses.replace(cache, lengths=cache.lengths + 1)
+  logits, after, ids = real(model, token_ids, cache, name="reference")
+  if sys.argv[1] == "what is not live":
+    after = dataclasses.replace(after, lengths=after.lengths - 1)
+  return logits, after, ids
+
+check_fused._step = step
+model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
+for row in check_fused.check_steps("tiny", model, {2: (128, [(3, 70)])}):
+  print(row.passed, row.found)
+"""
+
+
+_TEXT = ["--checkpoint=checkpoints/tiny_llama"]
+
+
+@pytest.mark.parametrize(
+  ("fault", "flag", "passes"),
+  [
+    ("none", [], [True, True]),
+    ("none", _TEXT, [True, True]),
+    ("another token", _TEXT, [False, True]),
+    ("what is not live", _TEXT, [False, False]),
+  ],
+)
+def test_steps_are_checked(fault, flag, passes):
+  done = subprocess.run(
+    [sys.executable, "-c", _PROGRAM, fault, *flag],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert [line.startswith("True") for line in lines] == passes, done.stdout
+  assert ("worst ratio 1.00" in lines[0]) == (fault == "none")
+
+
+def test_a_text_that_is_too_short_is_an_error(tmp_path):
+  short = tmp_path / "short.txt"
+  short.write_text("And the LORD", encoding="utf-8")
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", _PROGRAM, "none", f"--text={short}"),
+      *_TEXT,
+    ],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    check=False,
+  )
+  assert f"{short} has 13 tokens, not 71" in done.stderr
