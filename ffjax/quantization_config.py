@@ -38,8 +38,12 @@ _HARMLESS_COMPRESSED = frozenset(
   "global_compression_ratio ignore version".split()
 )
 _HARMLESS_WEIGHTS = frozenset(
-  "actorder observer observer_kwargs scale_dtype zp_dtype".split()
+  "observer observer_kwargs scale_dtype zp_dtype".split()
 )
+# Which columns share a scale by their activations, and which only were quantised
+# in that order.
+_IN_GROUPS = ("group", "dynamic", True)
+_IN_ORDER = ("weight", "static", False, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Scheme:
     group_size: neighbours in a row that share a scale; None for a whole row.
     symmetric: whether there are no zero points that matter.
     zero_offset: what to add to a stored zero point.
+    ordered: whether a tensor must say which columns share a scale.
   """
 
   layout: str
@@ -60,6 +65,7 @@ class Scheme:
   group_size: int | None
   symmetric: bool
   zero_offset: int = 0
+  ordered: bool = False
 
 
 def take_scheme(raw: dict[str, Any], directory: pathlib.Path) -> Scheme | None:
@@ -135,11 +141,12 @@ class _Reader:
 
   def scheme(self, method: str | None) -> Scheme:
     named = self._raw.pop("quant_method", method)
-    read = {
+    known = {
       "gptq": self._gptq,
       "awq": self._awq,
       "compressed-tensors": self._compressed,
-    }.get(named)
+    }
+    read = known.get(named) if isinstance(named, str) else None
     if read is None:
       raise self._error(
         f"quant_method={named!r} is not supported (supported: gptq, awq,"
@@ -160,11 +167,10 @@ class _Reader:
       symmetric=self._only("sym", (True, False), True),
       # The first version stores zero points less one.
       zero_offset=0 if layout == "gptq_v2" else 1,
+      ordered=self._only("desc_act", (True, False), False),
     )
     if scheme.bits == 8 and not scheme.symmetric:
       raise self._error("sym=False is not supported with bits=8")
-    # The order of columns is a tensor's matter.
-    self._only("desc_act", (True, False), False)
     self._only("pack_dtype", ("int32",), "int32")
     self._only("quant_method", ("gptq",), "gptq")
     self._end(_HARMLESS)
@@ -248,5 +254,7 @@ class _Reader:
         f"symmetric=False is not supported with num_bits={bits}"
       )
     self._only("dynamic", (False,), False)
+    order = self._only("actorder", (*_IN_GROUPS, *_IN_ORDER), None)
     self._end(_HARMLESS_WEIGHTS)
-    return Scheme(layout, bits, group_size, symmetric)
+    ordered = any(order is x or order == x for x in _IN_GROUPS)
+    return Scheme(layout, bits, group_size, symmetric, ordered=ordered)

@@ -24,6 +24,8 @@ Codes = TypeVar("Codes", np.ndarray, jax.Array)
 GROUP_SIZES = (128, 64, 32)
 # Of a symmetric 4-bit code, which is 0 to 15.
 SYMMETRIC_ZERO = 8
+# The largest finite float8_e4m3fn.
+FLOAT8_MAX = 448.0
 
 
 @dataclasses.dataclass(frozen=True)

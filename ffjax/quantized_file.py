@@ -20,7 +20,6 @@ from ffjax.quantization_config import Scheme
 from ffjax.quantized import (
   FORMATS,
   GROUP_SIZES,
-  SYMMETRIC_ZERO,
   Format,
   QuantizedMatrix,
   dequantize,
@@ -47,6 +46,8 @@ _CODE_DTYPES = {
   "int-quantized": np.dtype(np.int8),
   "float-quantized": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# A one in each code of a word.
+_ONES = {4: 0x11111111, 8: 0x01010101}
 _FLOATS = ("float32", "bfloat16", "float16")
 # Which column AWQ keeps in each nibble of a word, from the lowest on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -83,6 +84,11 @@ def join(scheme: Scheme, entries: list[TensorEntry]) -> list[TensorEntry]:
         raise CheckpointError(
           f"{entries[0].path}: {module}.{suffix} is missing"
         )
+    plain = by_name.get(f"{module}.weight")
+    if plain is not None:
+      raise CheckpointError(
+        f"{plain.path}: there is {plain.name} beside {module}.{codes}"
+      )
     joined.append(_entry(_Matrix(scheme, module, tensors), read))
   for entry in by_name.values():
     if entry.dtype.name not in _FLOATS:
@@ -146,14 +152,19 @@ class _Matrix:
   def _shape(self) -> tuple[int, int]:
     """Returns the matrix's `(out, in)`."""
     per_word = 32 // self._scheme.bits
-    if len(self._codes.shape) != 2:
-      raise self._error(self._codes.name.rsplit(".", 1)[1], "is not a matrix")
+    if len(self._codes.shape) != 2 or 0 in self._codes.shape:
+      suffix = self._codes.name.rsplit(".", 1)[1]
+      shape = list(self._codes.shape)
+      raise self._error(suffix, f"is not a matrix, but of shape {shape}")
     first, second = self._codes.shape
     if self._scheme.layout == "gptq":
       return second, first * per_word
     if self._scheme.layout == "awq":
       return second * per_word, first
     if self._scheme.layout == "pack-quantized":
+      dtype = self._tensors["weight_shape"].dtype
+      if not np.issubdtype(dtype, np.integer):
+        raise self._error("weight_shape", f"has dtype {dtype.name}")
       stated = self._whole("weight_shape").reshape(-1).tolist()
       if len(stated) != 2 or min(stated) < 1:
         raise self._error("weight_shape", f"says {stated}")
@@ -230,12 +241,23 @@ class _Matrix:
   def _stored_columns(self) -> np.ndarray | None:
     """Returns the columns `[in]` in an order that makes groups neighbours."""
     size = self._scheme.group_size
-    suffix = "g_idx" if self._scheme.layout == "gptq" else "weight_g_idx"
-    if suffix not in self._tensors or size is None:
+    is_gptq = self._scheme.layout == "gptq"
+    suffix = "g_idx" if is_gptq else "weight_g_idx"
+    if size is None:
       return None
-    group_of = self._whole(suffix)
-    # compressed-tensors' way to say that there is no order.
-    if (group_of == -1).all():
+    group_of = None
+    if suffix in self._tensors:
+      group_of = self._whole(suffix)
+      # compressed-tensors' way to say that there is no order.
+      if not is_gptq and (group_of == -1).all():
+        group_of = None
+    if group_of is None:
+      if self._scheme.ordered:
+        raise self._error(
+          suffix,
+          "is missing, but the config says that activations order the columns"
+          f" ({'desc_act' if is_gptq else 'actorder'})",
+        )
       return None
     in_order = np.arange(self.shape[1]) // size
     if (group_of == in_order).all():
@@ -322,14 +344,24 @@ class _Matrix:
       zeros = _awq_unpack(self._whole("qzeros"), self.format).T
       suffix = "qzeros"
     elif self._scheme.layout == "gptq":
-      zeros = unpack_codes(self._whole("qzeros").view(np.uint8), self.format).T
-      zeros = zeros + np.uint8(self._scheme.zero_offset)
+      stored = self._whole("qzeros").view(np.uint32)
+      # Words were less by this as a whole: a zero point of 0 has borrowed from
+      # the one after it.
+      stored = stored + np.uint32(self._scheme.zero_offset * _ONES[bits])
+      zeros = unpack_codes(stored.view(np.uint8), self.format).T[:out]
       suffix = "qzeros"
     elif "weight_zero_point" in self._tensors:
       stored = self._whole("weight_zero_point")
       suffix = "weight_zero_point"
       if stored.dtype == np.int8:
-        zeros = (stored + np.int8(SYMMETRIC_ZERO)).view(np.uint8)
+        wide = stored.astype(np.int16) + 2 ** (bits - 1)
+        if wide.min() < 0 or wide.max() >= 2**bits:
+          raise self._error(
+            suffix,
+            f"has {stored.min()} to {stored.max()}, but zero points of {bits}"
+            f" bits are {-(2 ** (bits - 1))} to {2 ** (bits - 1) - 1}",
+          )
+        zeros = wide.astype(np.uint8)
       else:
         # Packed along the first axis.
         turned = np.ascontiguousarray(stored.T).view(np.uint8)

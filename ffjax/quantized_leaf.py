@@ -13,7 +13,12 @@ import numpy as np
 
 from ffjax.errors import CheckpointError
 from ffjax.params import Leaf
-from ffjax.quantized import FORMATS, SYMMETRIC_ZERO, QuantizedMatrix
+from ffjax.quantized import (
+  FLOAT8_MAX,
+  FORMATS,
+  SYMMETRIC_ZERO,
+  QuantizedMatrix,
+)
 from ffjax.tensor_entry import TensorEntry
 
 Struct = jax.ShapeDtypeStruct
@@ -48,9 +53,13 @@ def stacked_shapes(
   )
   for part, other in zip(parts, alike, strict=True):
     if other != first:
+      is_, was = part.stored_as, example.stored_as
+      if is_ == was and other is not None:
+        is_ = f"{is_} with scales of {other.scales.dtype.name}"
+        was = f"{was} with scales of {first.scales.dtype.name}"
       raise CheckpointError(
-        f"{part.path}: {part.name} is {part.stored_as}, but {example.name} is"
-        f" {example.stored_as}: matrices of one kind must be stored alike in"
+        f"{part.path}: {part.name} is {is_}, but {example.name} is"
+        f" {was}: matrices of one kind must be stored alike in"
         " all layers (keep_quantized=False dequantises them)"
       )
   return jax.tree.map(lambda x: Struct((len(parts), *x.shape), x.dtype), first)
@@ -119,9 +128,14 @@ def load(
 
 
 def _check_finite(part: TensorEntry, matrix: QuantizedMatrix) -> None:
+  f = matrix.format
   numbers = [x for x in (matrix.scales, matrix.minimums) if x is not None]
-  finite = all(np.isfinite(np.asarray(x)).all() for x in numbers)
-  if matrix.format.is_float:
+  sizes = [np.abs(np.asarray(x).astype(np.float64)).max() for x in numbers]
+  # The largest that a code, less its zero point, can be.
+  code = FLOAT8_MAX if f.is_float else 2 ** (f.bits - f.symmetric)
+  sizes[0] *= code
+  finite = bool(sum(sizes) <= float(jnp.finfo(jnp.bfloat16).max))
+  if f.is_float:
     finite &= bool((np.asarray(matrix.codes) & 0x7F != 0x7F).all())
   if not finite:
     raise CheckpointError(

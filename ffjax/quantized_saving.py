@@ -9,12 +9,12 @@ compressed-tensors project.
 
 from typing import Any
 
-import flax.traverse_util
 import ml_dtypes
 import numpy as np
 
+from ffjax import packing
 from ffjax.errors import CheckpointError
-from ffjax.params import Model, leaves
+from ffjax.params import Leaf, Model, leaves
 from ffjax.quantized import QuantizedMatrix, pack_codes, unpack_codes
 
 
@@ -27,28 +27,29 @@ def quantization_config(model: Model) -> dict[str, Any] | None:
   """
   if not model.formats:
     return None
-  flat = flax.traverse_util.flatten_dict(model.params)
-  found: list[QuantizedMatrix] = []
+  found = []
+  ordered = False
   for leaf in leaves(model.config):
-    matrix = flat[leaf.path]
+    matrix = packing.tensor(model, leaf.path, 0)
     quantised = isinstance(matrix, QuantizedMatrix)
     if quantised != (leaf.stacked and len(leaf.tensor_shape) == 2):
       raise _error(
         f"{leaf.names[0]} is {'' if quantised else 'not '}quantised: all"
         " matrices of the layers and no others can be saved quantised"
       )
-    if quantised:
-      found.append(matrix)
+    if isinstance(matrix, QuantizedMatrix):
+      found.append(leaf)
+      ordered |= matrix.columns is not None
+      if matrix.minimums is not None:
+        raise _error("its values have minimums (Q4_1), not zero points")
   if len(model.formats) > 1:
     names = " and ".join(sorted(format.name for format in model.formats))
     raise _error(f"matrices are {names}: all must have one format")
-  for matrix in found:
-    if matrix.minimums is not None:
-      raise _error("its values have minimums (Q4_1), not zero points")
-    if matrix.zeros is not None and int(np.max(matrix.zeros)) > 15:
-      raise _error("a zero point is 16, and it takes 0 to 15")
-  ordered = any(matrix.columns is not None for matrix in found)
   (format,) = model.formats
+  if not format.symmetric and any(
+    _zeros_of(model, leaf).max(initial=0) > 15 for leaf in found
+  ):
+    raise _error("a zero point is 16, and it takes 0 to 15")
   layout = "float-quantized" if format.is_float else "pack-quantized"
   weights = {
     "actorder": "group" if ordered else None,
@@ -75,6 +76,16 @@ def quantization_config(model: Model) -> dict[str, Any] | None:
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
   }
+
+
+def _zeros_of(model: Model, leaf: Leaf) -> np.ndarray:
+  """Returns the zero points of all layers of a matrix; none if it has none."""
+  found = [np.zeros(0, np.uint8)]
+  for layer in range(len(leaf.names)):
+    matrix = packing.tensor(model, leaf.path, layer)
+    if isinstance(matrix, QuantizedMatrix) and matrix.zeros is not None:
+      found.append(np.asarray(matrix.zeros).ravel())
+  return np.concatenate(found)
 
 
 def _error(message: str) -> CheckpointError:

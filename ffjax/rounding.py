@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ffjax.quantized import (
+  FLOAT8_MAX,
   SYMMETRIC_ZERO,
   Format,
   QuantizedMatrix,
   code_values,
   pack_codes,
 )
-
-# The largest finite float8_e4m3fn.
-_FLOAT8_MAX = 448.0
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -68,14 +66,18 @@ def group_scales(
   """
   largest = jnp.max(jnp.abs(groups), axis=-1)
   steps = 2**format.bits - 1
-  # Numbers so small that they are not normal may count as zero on a device.
-  smallest = float(jnp.finfo(dtype).tiny)
+  # Numbers so small that they are not normal in float32 may count as zero on a
+  # device. Those of float16 are.
+  smallest = max(
+    float(jnp.finfo(dtype).smallest_subnormal),
+    float(jnp.finfo(jnp.float32).tiny),
+  )
 
   def rounded(scales: jax.Array) -> jax.Array:
     return jnp.maximum(scales, smallest).astype(dtype)
 
   if format.is_float:
-    return rounded(largest / _FLOAT8_MAX), None
+    return rounded(largest / FLOAT8_MAX), None
   if format.symmetric:
     return rounded(largest / (steps / 2)), None
   # Zero is among the values, as other tools have it too.
@@ -105,7 +107,7 @@ def nearest_codes(
   """
   x = weights / scales.astype(jnp.float32)
   if format.is_float:
-    x = jnp.clip(x, -_FLOAT8_MAX, _FLOAT8_MAX)
+    x = jnp.clip(x, -FLOAT8_MAX, FLOAT8_MAX)
     return jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8)
   if format.bits == 8:
     x = jnp.clip(jnp.round(x), -128.0, 127.0)

@@ -47,13 +47,17 @@ def save(
     raise CheckpointError(f"{directory}: cannot be written: {e}") from e
 
 
-def check_unused(directory: str | os.PathLike[str]) -> pathlib.Path:
+def check_unused(given: str | os.PathLike[str]) -> pathlib.Path:
   """Returns a directory's path, to save to.
 
   Raises:
-    CheckpointError: if it holds a checkpoint.
+    CheckpointError: if it holds a checkpoint, or there is no such name.
   """
-  directory = checked_path(directory)
+  directory = checked_path(given)
+  if str(directory) == "." and not os.fspath(given):
+    raise CheckpointError("the directory to save to has no name")
+  if "\0" in str(directory):
+    raise CheckpointError(f"{str(directory)!r} is no name of a directory")
   for name in ("config.json", safetensors_file.SINGLE_NAME):
     if (directory / name).exists():
       raise CheckpointError(

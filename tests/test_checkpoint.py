@@ -698,6 +698,14 @@ def test_save_keeps_what_is_there(name, tmp_path):
   assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_save_to_what_is_no_name(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(CheckpointError, match="no name"):
+    ffjax.save(_model(), name)
+  assert not list(tmp_path.iterdir())
+
+
 def test_save_where_nothing_can_be_written(tmp_path):
   model = _model()
   (tmp_path / "file").touch()

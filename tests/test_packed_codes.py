@@ -33,7 +33,7 @@ from ffjax import (
   quantized,
   quantized_model,
 )
-from ffjax.errors import RequestError
+from ffjax.errors import CheckpointError, RequestError
 from ffjax.quantized import FORMATS, QuantizedMatrix
 from pallas_kernels.plan import make_plan, operand_shapes
 
@@ -605,6 +605,39 @@ def test_what_the_kernel_does_not_take(make_config, make, message):
   shapes = jax.eval_shape(lambda: model)
   assert packing.why_not_model(shapes) == packing.why_not_model(model)
   assert implementation.resolve("auto", model).name == "reference"
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "int4_g128", "fp8"])
+def test_save_writes_the_same_files(config, name, tmp_path):
+  model = ffjax.random_model(config, 0, "bfloat16", name)
+  ffjax.save(model, tmp_path / "tree")
+  model = ffjax.pack(model, num_ctas=4)
+  ffjax.save(model, tmp_path / "packed")
+  for path in (tmp_path / "tree").iterdir():
+    other = tmp_path / "packed" / path.name
+    assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_what_is_packed_and_cannot_be_saved(config, tmp_path):
+  for make, message in (
+    (
+      lambda: ffjax.random_model(config, 0, "bfloat16", head_format="int8"),
+      "embed_tokens.weight is quantised",
+    ),
+    (
+      lambda: changed(
+        ffjax.random_model(config, 0, "bfloat16", "int4_g32_asym"),
+        # In the last layer only.
+        lambda x: dataclasses.replace(x, zeros=x.zeros.at[-1, 0, 0].set(16)),
+        [_DOWN],
+      ),
+      "a zero point is 16",
+    ),
+  ):
+    model = ffjax.pack(make(), num_ctas=4)
+    with pytest.raises(CheckpointError, match=message):
+      ffjax.save(model, tmp_path / "made")
+  assert not (tmp_path / "made").exists()
 
 
 def test_what_is_packed_is_not_quantised_again(config):

@@ -84,10 +84,13 @@ class Matrix:
 
 
 def gptq(m, *, stored_less=1, g_idx=True):
+  # Words as a whole are less: a zero point of 0 borrows from the next one.
+  ones = {4: 0x11111111, 8: 0x01010101}[m.bits]
+  zeros = pack_words(m.zeros.T, m.bits).view(np.uint32)
   tensors = {
     # Along the columns of the matrix, which are its rows here.
     "qweight": np.ascontiguousarray(pack_words(m.codes, m.bits).T),
-    "qzeros": pack_words((m.zeros - stored_less).T, m.bits),
+    "qzeros": (zeros - np.uint32(stored_less * ones)).view(np.int32),
     "scales": np.ascontiguousarray(m.scales.T),
   }
   if g_idx:
@@ -247,8 +250,7 @@ def _compressed_config(layout="pack-quantized", activations=None, **weights):
 )
 def test_gptq(tmp_path, group, symmetric, name, version, g_idx):
   def make(shape, rng):
-    zeros = (1, 17) if version == "gptq" else (0, 16)
-    m = Matrix(shape, rng, group=group, symmetric=symmetric, zeros=zeros)
+    m = Matrix(shape, rng, group=group, symmetric=symmetric, zeros=(0, 16))
     return m.weights, gptq(m, stored_less=version == "gptq", g_idx=g_idx)
 
   config = _gptq_config(
@@ -294,6 +296,48 @@ def test_gptq_with_act_order(tmp_path, group, symmetric):
     if isinstance(leaf, QuantizedMatrix) and leaf.columns is not None:
       columns = np.asarray(leaf.columns)
       assert (np.sort(columns) == np.arange(columns.shape[-1])).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_of_rows_that_do_not_fill_a_word(tmp_path, symmetric):
+  def make(shape, rng):
+    m = Matrix(shape, rng, group=32, symmetric=symmetric)
+    return m.weights, gptq(m)
+
+  heads = dict(num_attention_heads=8, num_key_value_heads=1, head_dim=12)
+  config = _gptq_config(sym=symmetric)
+  dense = write(tmp_path, config, make, hidden_size=96, **heads)
+  check(
+    ffjax.load(tmp_path), dense, "int4_g32" + ("" if symmetric else "_asym")
+  )
+
+
+@pytest.mark.parametrize("g_idx", [None, -1])
+@pytest.mark.parametrize("layout", ["gptq", "pack-quantized"])
+def test_an_order_that_is_not_there(tmp_path, layout, g_idx):
+  def make(shape, rng):
+    m = Matrix(shape, rng, group=32, symmetric=True)
+    if layout == "gptq":
+      return m.weights, gptq(m, g_idx=False) | index("g_idx", shape)
+    tensors = compressed(m, symmetric=True)
+    return m.weights, tensors | index("weight_g_idx", shape)
+
+  def index(name, shape):
+    return {} if g_idx is None else {name: np.full(shape[1], -1, np.int32)}
+
+  config = _gptq_config(desc_act=True)
+  if layout != "gptq":
+    config = _compressed_config(actorder="group")
+  write(tmp_path, config, make)
+  message = "g_idx is missing, but the config says"
+  if (layout, g_idx) == ("gptq", -1):
+    message = "g_idx does not make groups of 32"
+  with pytest.raises(CheckpointError, match=message):
+    ffjax.load(tmp_path)
+  # Columns that were only quantised in another order are where they were.
+  if layout != "gptq":
+    dense = write(tmp_path, _compressed_config(actorder="weight"), make)
+    check(ffjax.load(tmp_path), dense, "int4_g32")
 
 
 def test_gptq_of_8_bits(tmp_path):
@@ -384,6 +428,47 @@ def test_pack_quantized_with_zero_points(tmp_path, packed_zeros):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_that_say_nothing(tmp_path, bits):
+  def make(shape, rng):
+    m = Matrix(shape, rng, bits=bits, group=32, symmetric=True)
+    tensors = compressed(m, symmetric=True)
+    tensors["weight_zero_point"] = np.zeros(m.zeros.shape, np.int8)
+    return m.weights, tensors
+
+  dense = write(tmp_path, _compressed_config(num_bits=bits), make)
+  check(ffjax.load(tmp_path), dense, f"int{bits}_g32")
+
+
+@pytest.mark.parametrize(
+  ("extra", "message"),
+  [
+    ({"weight_shape": np.asarray([128, 64], np.float32)}, "has dtype float32"),
+    (
+      {"weight_zero_point": np.full((128, 2), -9, np.int8)},
+      "weight_zero_point has -9 to -9, but zero points of 4 bits are -8 to 7",
+    ),
+    (
+      {"weight_zero_point": np.full((128, 2), 8, np.int8)},
+      "weight_zero_point has 8 to 8, but",
+    ),
+    (
+      {"weight_scale": np.full((128, 2), 3e38, BF16)},
+      "up_proj.weight holds values that are not finite",
+    ),
+  ],
+)
+def test_damaged_compressed_files(tmp_path, extra, message):
+  def make(shape, rng):
+    m = Matrix(shape, rng, group=32, symmetric=False)
+    return m.weights, compressed(m, symmetric=False, packed_zeros=False)
+
+  extra = {f"{_UP}.{name}": x for name, x in extra.items()}
+  write(tmp_path, _compressed_config(symmetric=False), make, extra=extra)
+  with pytest.raises(CheckpointError, match=message):
+    ffjax.load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_pack_quantized_by_channel(tmp_path, bits):
   def make(shape, rng):
     m = Matrix(shape, rng, bits=bits, group=-1, symmetric=True)
@@ -446,6 +531,7 @@ _GROUP = "config_groups.group_0"
   [
     (_gptq_config(), "quant_method", "bitsandbytes", "'bitsandbytes'"),
     (_gptq_config(), "quant_method", "fp8", "quant_method='fp8' is not supp"),
+    (_gptq_config(), "quant_method", [], r"quant_method=\[\] is not supp"),
     (_gptq_config(), "bits", 3, "bits=3 is not supported"),
     (_gptq_config(), "bits", True, "bits=True is not supported"),
     (_gptq_config(bits=8), "sym", False, "sym=False is not supported with"),
@@ -475,6 +561,7 @@ _GROUP = "config_groups.group_0"
     (_compressed_config(), f"{_GROUP}.weights.strategy", "block", "'block'"),
     (_compressed_config(), f"{_GROUP}.weights.group_size", None, "does not go"),
     (_compressed_config(), f"{_GROUP}.weights.dynamic", True, "dynamic=True"),
+    (_compressed_config(), f"{_GROUP}.weights.actorder", "x", "actorder='x'"),
     (_compressed_config(), f"{_GROUP}.weights", None, "must be an object"),
     (_compressed_config(), f"{_GROUP}.weights.block_structure", [2], "block_"),
   ],
@@ -501,6 +588,18 @@ def test_unknown_variants(tmp_path, config, path, value, message):
       "g_idx does not make groups of 32",
     ),
     ({f"{_UP}.g_idx": np.zeros(63, np.int32)}, r"g_idx has shape \[63\]"),
+    (
+      {f"{_UP}.weight": np.zeros((128, 64), np.float16)},
+      "there is .*up_proj.weight beside .*up_proj.qweight",
+    ),
+    (
+      {f"{_UP}.qweight": np.zeros((0, 128), np.int32)},
+      r"qweight is not a matrix, but of shape \[0, 128\]",
+    ),
+    (
+      {f"{_UP}.scales": np.ones((2, 128), np.float32)},
+      "1.mlp.up_proj.weight is int4_g32 with scales of float16, but .* float32",
+    ),
     (
       {f"{_UP}.qzeros": np.zeros((2, 16), np.int32)},
       "qzeros is not 8 throughout, as a symmetric",

@@ -185,6 +185,20 @@ def _hidden(model, ids):
   return np.asarray(run(model))
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_small_weights_of_float16_lose_no_more_than_others(name):
+  # Scales of 5e-6 and 1.6e-7, which are not normal in float16.
+  weights = jax.random.normal(jax.random.key(0), (64, 128)) * 2e-4
+
+  def error(dtype):
+    exact = weights.astype(dtype).astype(jnp.float32)
+    made = rounding.round_to_nearest(exact.astype(dtype), FORMATS[name])
+    off = quantized.dequantize(made) - exact
+    return float(jnp.linalg.norm(off) / jnp.linalg.norm(exact))
+
+  assert error("float16") < 1.1 * error("float32")
+
+
 def test_gptq_is_better_than_rounding():
   model = ffjax.load(_TINY)
   text = (_TINY / "heldout.txt").read_text()
