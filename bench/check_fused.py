@@ -140,17 +140,21 @@ class Text:
   cache: KVCache
 
   @classmethod
-  def of(cls, model: ffjax.Model, length: int) -> "Text":
+  def of(cls, model: ffjax.Model, length: int, capacity: int) -> "Text":
     """Reads the text, and runs its first `length` tokens through the reference."""
-    ids = jnp.asarray(_prompt(model, length + 1))
+    ids = _prompt(model, length + 1)
     if len(ids) <= length:
       raise ValueError(f"{_TEXT.value} has {len(ids)} tokens, not {length + 1}")
-    cache = KVCache.create(
-      model.config, 1, rounded_capacity(length), jnp.bfloat16
-    )
-    lengths = jnp.asarray([length], jnp.int32)
-    _, cache = stepping.forward(model, ids[None, :-1], lengths, cache)
-    return cls(ids, cache)
+    return cls(jnp.asarray(ids), _cache_of(model, ids[:-1], capacity))
+
+
+def _cache_of(
+  model: ffjax.Model, token_ids: np.ndarray, capacity: int
+) -> KVCache:
+  """Returns the reference's cache of one sequence."""
+  cache = KVCache.create(model.config, 1, capacity, jnp.bfloat16)
+  length = jnp.asarray([len(token_ids)])
+  return stepping.forward(model, jnp.asarray(token_ids[None]), length, cache)[1]
 
 
 def _make_cache(
@@ -219,16 +223,18 @@ def check_steps(
   if _CHECKPOINT.value is not None:
     # Real weights make little of random keys: bfloat16 itself errs by 20 to 110%.
     all_positions = [p for _, cases in steps.values() for p in sum(cases, ())]
-    text = Text.of(model, max(all_positions))
+    capacities = [capacity for capacity, _ in steps.values()]
+    text = Text.of(model, max(all_positions), max(capacities))
   for batch, (capacity, cases) in steps.items():
     worst = dict(logits=0.0, kv=0.0)
     error, ours, unchanged, greedy = 0.0, 0.0, True, True
     for positions in cases:
-      ids = jax.random.randint(
-        jax.random.key(3), (batch,), 0, model.config.vocab_size
-      )
       if text is not None:
         ids = text.token_ids[jnp.asarray(positions)]
+      else:
+        ids = jax.random.randint(
+          jax.random.key(3), (batch,), 0, model.config.vocab_size
+        )
       cache = _make_cache(model, capacity, positions, 1.0, text)
       outs = {
         implementation: _step(
@@ -347,11 +353,7 @@ def check_greedy(name: str, model: ffjax.Model) -> list[Row]:
     return [Row(name, what, "the reference's tokens", valid)]
   # What both say of the common tokens before they part.
   at = int(differs[0])
-  capacity = rounded_capacity(at)
-  cache = KVCache.create(model.config, 1, capacity, jnp.bfloat16)
-  _, cache = stepping.forward(
-    model, jnp.asarray(ours[None, : at - 1]), jnp.asarray([at - 1]), cache
-  )
+  cache = _cache_of(model, ours[: at - 1], rounded_capacity(at))
   newest = jnp.asarray(ours[at - 1 : at])
   exact, bf16, fused = (
     np.asarray(_step(model, newest, _as_dtype(cache, n), name=n)[0][0])

@@ -256,5 +256,6 @@ class _Reader:
     self._only("dynamic", (False,), False)
     order = self._only("actorder", (*_IN_GROUPS, *_IN_ORDER), None)
     self._end(_HARMLESS_WEIGHTS)
-    ordered = any(order is x or order == x for x in _IN_GROUPS)
-    return Scheme(layout, bits, group_size, symmetric, ordered=ordered)
+    return Scheme(
+      *(layout, bits, group_size, symmetric), ordered=order in _IN_GROUPS
+    )

@@ -245,13 +245,9 @@ class _Matrix:
     suffix = "g_idx" if is_gptq else "weight_g_idx"
     if size is None:
       return None
-    group_of = None
-    if suffix in self._tensors:
-      group_of = self._whole(suffix)
-      # compressed-tensors' way to say that there is no order.
-      if not is_gptq and (group_of == -1).all():
-        group_of = None
-    if group_of is None:
+    group_of = self._whole(suffix) if suffix in self._tensors else None
+    # -1 is compressed-tensors' way to say that there is no order.
+    if group_of is None or (not is_gptq and (group_of == -1).all()):
       if self._scheme.ordered:
         raise self._error(
           suffix,

@@ -53,14 +53,14 @@ def stacked_shapes(
   )
   for part, other in zip(parts, alike, strict=True):
     if other != first:
-      is_, was = part.stored_as, example.stored_as
-      if is_ == was and other is not None:
-        is_ = f"{is_} with scales of {other.scales.dtype.name}"
-        was = f"{was} with scales of {first.scales.dtype.name}"
+      this, that = part.stored_as, example.stored_as
+      if this == that and other is not None:
+        this = f"{this} with scales of {other.scales.dtype.name}"
+        that = f"{that} with scales of {first.scales.dtype.name}"
       raise CheckpointError(
-        f"{part.path}: {part.name} is {is_}, but {example.name} is"
-        f" {was}: matrices of one kind must be stored alike in"
-        " all layers (keep_quantized=False dequantises them)"
+        f"{part.path}: {part.name} is {this}, but {example.name} is {that}:"
+        " matrices of one kind must be stored alike in all layers"
+        " (keep_quantized=False dequantises them)"
       )
   return jax.tree.map(lambda x: Struct((len(parts), *x.shape), x.dtype), first)
 

@@ -7,8 +7,10 @@ Source: the layouts `pack-quantized` and `float-quantized` of the
 compressed-tensors project.
 """
 
+import functools
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -30,7 +32,10 @@ def quantization_config(model: Model) -> dict[str, Any] | None:
   found = []
   ordered = False
   for leaf in leaves(model.config):
-    matrix = packing.tensor(model, leaf.path, 0)
+    # What it is, without unpacking it: of its shapes and dtypes.
+    matrix = jax.eval_shape(
+      functools.partial(packing.tensor, model, leaf.path, 0)
+    )
     quantised = isinstance(matrix, QuantizedMatrix)
     if quantised != (leaf.stacked and len(leaf.tensor_shape) == 2):
       raise _error(
@@ -47,7 +52,7 @@ def quantization_config(model: Model) -> dict[str, Any] | None:
     raise _error(f"matrices are {names}: all must have one format")
   (format,) = model.formats
   if not format.symmetric and any(
-    _zeros_of(model, leaf).max(initial=0) > 15 for leaf in found
+    _largest_zero(model, leaf) > 15 for leaf in found
   ):
     raise _error("a zero point is 16, and it takes 0 to 15")
   layout = "float-quantized" if format.is_float else "pack-quantized"
@@ -78,14 +83,15 @@ def quantization_config(model: Model) -> dict[str, Any] | None:
   }
 
 
-def _zeros_of(model: Model, leaf: Leaf) -> np.ndarray:
-  """Returns the zero points of all layers of a matrix; none if it has none."""
-  found = [np.zeros(0, np.uint8)]
+def _largest_zero(model: Model, leaf: Leaf) -> int:
+  """Returns the largest zero point of all layers of a matrix that has them."""
+  found = []
   for layer in range(len(leaf.names)):
     matrix = packing.tensor(model, leaf.path, layer)
-    if isinstance(matrix, QuantizedMatrix) and matrix.zeros is not None:
-      found.append(np.asarray(matrix.zeros).ravel())
-  return np.concatenate(found)
+    assert isinstance(matrix, QuantizedMatrix)
+    assert matrix.zeros is not None
+    found.append(int(np.max(matrix.zeros)))
+  return max(found)
 
 
 def _error(message: str) -> CheckpointError:

@@ -54,7 +54,7 @@ def check_unused(given: str | os.PathLike[str]) -> pathlib.Path:
     CheckpointError: if it holds a checkpoint, or there is no such name.
   """
   directory = checked_path(given)
-  if str(directory) == "." and not os.fspath(given):
+  if not os.fspath(given):
     raise CheckpointError("the directory to save to has no name")
   if "\0" in str(directory):
     raise CheckpointError(f"{str(directory)!r} is no name of a directory")

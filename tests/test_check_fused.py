@@ -12,7 +12,6 @@ import pytest
 _ROOT = pathlib.Path(__file__).parents[1]
 _PROGRAM = """
 import dataclasses, sys
-import jax.numpy as jnp
 from absl import flags
 import ffjax
 from bench import check_fused
@@ -37,9 +36,17 @@ model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
 for row in check_fused.check_steps("tiny", model, {2: (128, [(3, 70)])}):
   print(row.passed, row.found)
 """
-
-
 _TEXT = ["--checkpoint=checkpoints/tiny_llama"]
+
+
+def _run(fault, *flags):
+  return subprocess.run(
+    [sys.executable, "-c", _PROGRAM, fault, *flags],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    check=False,
+  )
 
 
 @pytest.mark.parametrize(
@@ -52,13 +59,7 @@ _TEXT = ["--checkpoint=checkpoints/tiny_llama"]
   ],
 )
 def test_steps_are_checked(fault, flag, passes):
-  done = subprocess.run(
-    [sys.executable, "-c", _PROGRAM, fault, *flag],
-    capture_output=True,
-    text=True,
-    cwd=_ROOT,
-    check=False,
-  )
+  done = _run(fault, *flag)
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert [line.startswith("True") for line in lines] == passes, done.stdout
@@ -68,14 +69,5 @@ def test_steps_are_checked(fault, flag, passes):
 def test_a_text_that_is_too_short_is_an_error(tmp_path):
   short = tmp_path / "short.txt"
   short.write_text("And the LORD", encoding="utf-8")
-  done = subprocess.run(
-    [
-      *(sys.executable, "-c", _PROGRAM, "none", f"--text={short}"),
-      *_TEXT,
-    ],
-    capture_output=True,
-    text=True,
-    cwd=_ROOT,
-    check=False,
-  )
+  done = _run("none", f"--text={short}", *_TEXT)
   assert f"{short} has 13 tokens, not 71" in done.stderr

@@ -353,9 +353,8 @@ _FAULTS = {
   "a slot is never freed": _Fault(
     _FEW_KEYS, "deadlock: Barrier", _chunks_where(frees_from=1)
   ),
-  # Between compute warpgroups.
-  # Or one of them reads what shared memory held before under another name, which
-  # stops it, and the others wait.
+  # Between compute warpgroups. Without a meeting, one of them may also read what
+  # shared memory held before under another name; that stops it, and others wait.
   "warpgroups do not meet": _Fault(
     _TWO_WGS, "races|deadlock", _instead(__init__=_never_meet)
   ),
