@@ -5,10 +5,9 @@ What is normed comes to x multiplied by the norm's weights only. The inverse of
 its RMS is a factor of the results, and nobody waits for it before.
 """
 
-import jax
 from jax import lax
 
-from pallas_kernels import embedding, words
+from pallas_kernels import embedding, finishing, words
 from pallas_kernels.cta import CtaBase
 from pallas_kernels.gains import Gain
 from pallas_kernels.geometry import (
@@ -17,7 +16,7 @@ from pallas_kernels.geometry import (
   SEGMENTS,
   UNIT_ROWS,
 )
-from pallas_kernels.layouts import F32, I32, Index, fori
+from pallas_kernels.layouts import I32, Index, fori
 from pallas_kernels.schedule import Matmul
 
 
@@ -90,14 +89,11 @@ class Activations(CtaBase):
     per_block = self.plan.block_chunks(matmul)
     return valid == matmul.cols and matmul.chunks_per_unit % per_block == 0
 
-  def inverse_rms(self, b: Index) -> jax.Array:
-    """Returns the factor that a sequence's norm has left to its results."""
+  @property
+  def norm(self) -> finishing.Norm:
+    """What a norm has left to its results."""
     g = self.geometry
-    total = F32(0)
-    num_warps = self.plan.num_warps
-    for warp in range(num_warps):
-      total = total + self.squares[b * num_warps + warp]
-    return lax.rsqrt(total * F32(1 / g.hidden_size) + F32(g.rms_norm_eps))
+    return finishing.Norm(self.plan.num_warps, g.hidden_size, g.rms_norm_eps)
 
   def embed(self, norm: Index) -> None:
     """Writes the tokens' rows to x, and this CTA's part of the residual.
@@ -108,23 +104,31 @@ class Activations(CtaBase):
     per_unit = table.chunks_per_unit
     first, _ = self.runs["o"]
     chunk = CHUNK_ROWS * (CHUNK_COLS // 2)
+    at_once = words.sequences_at_once(
+      self.plan.batch, table.cols, self.team.num_threads
+    )
 
-    def sequence(b: Index) -> None:
+    def row_of(b: Index) -> Index:
       token = self.token_ids[b]
       unit, row = token // UNIT_ROWS, lax.rem(token, I32(UNIT_ROWS))
       owner, local = unit // table.run, lax.rem(unit, I32(table.run))
+      at = (owner * table.run_chunks + local * per_unit) * chunk
+      return at + row * (SEGMENTS * CHUNK_COLS // 2)
+
+    def sequences(n: Index) -> None:
+      b = n * at_once
       embedding.embed(
         self.team,
         self.embedding,
-        (owner * table.run_chunks + local * per_unit) * chunk
-        + row * (SEGMENTS * CHUNK_COLS // 2),
+        [row_of(b + k) for k in range(at_once)],
         self.x,
-        b * self.sequence_bytes,
+        self.sequence_bytes,
         self.gain(norm, b),
-        self.residual.at[b],
+        self.residual,
+        b,
         first * UNIT_ROWS,
         unit_chunks=per_unit,
       )
 
-    fori(0, self.plan.batch, sequence)
+    fori(0, self.plan.batch // at_once, sequences)
     self.team.commit()

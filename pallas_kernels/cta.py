@@ -64,7 +64,7 @@ class CtaBase:
   attended: Ref
   new: Ref
   best: Ref
-  candidates: Ref
+  chosen: Ref
   produced: Ref
   consumed: Ref
   met: Ref | None = None

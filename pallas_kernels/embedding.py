@@ -1,6 +1,7 @@
-"""A token's row of the packed embedding, to x and to the residual stream."""
+"""Tokens' rows of the packed embedding, to x and to the residual stream."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import gains, mosaic, threads
@@ -17,15 +18,19 @@ from pallas_kernels.threads import (
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-  """Takes a row of the packed embedding to x, and some of it to the residual.
+  """Takes rows of the packed embedding to x, and some of each to the residual.
 
   Attributes:
+    num_sequences: how many rows.
     unit_chunks: chunks that a row lies in.
+    sequence_bytes: from sequence to sequence in x.
     num_columns: how many go to the residual.
     num_threads: that do it.
   """
 
+  num_sequences: int
   unit_chunks: int
+  sequence_bytes: int
   num_columns: int
   num_threads: int
 
@@ -66,34 +71,40 @@ class Embed:
 def embed(
   team: Team,
   embedding: Ref,
-  first: Index,
+  firsts: Sequence[Index],
   x: Ref,
-  offset_bytes: Index,
+  sequence_bytes: int,
   gain: gains.Gain,
   residual: Ref,
+  b: Index,
   start: Index,
   *,
   unit_chunks: int,
 ) -> None:
-  """Looks up a token: x gets its row, and the residual stream a part of it.
+  """Looks up tokens: x gets their rows, and the residual stream a part of each.
 
-  Whoever reads these has to meet the team, or to commit, first.
+  All loads are under way at once. Whoever reads these has to meet the team, or to
+  commit, first.
 
   Args:
     team: who does it.
     embedding: `[P, n, 128, 64]` bfloat16, packed.
-    first: element where the first segment of the token's row begins.
+    firsts: for each token, the element where its row's first segment begins.
     x: the operand of `wgmma`.
-    offset_bytes: where in it the sequence begins.
+    sequence_bytes: from sequence to sequence there.
     gain: of the norm that follows.
-    residual: `[columns]` float32 in shared memory.
-    start: the first column that goes there.
+    residual: `[B, columns]` float32 in shared memory.
+    b: the first token's sequence; the others' follow.
+    start: the first column that goes to the residual.
     unit_chunks: see `Embed`.
   """
   norms, norm, squares, square = gain
-  what = Embed(unit_chunks, residual.shape[0], team.num_threads)
+  what = Embed(
+    *(len(firsts), unit_chunks, sequence_bytes),
+    *(residual.shape[1], team.num_threads),
+  )
   refs = [embedding, norms, squares, residual]
-  numbers = [norm, square, first, offset_bytes, start]
+  numbers = [norm, square, b, start, *firsts]
   threads.run(what, _emit_embed, refs, [x], numbers)
 
 
@@ -106,15 +117,11 @@ def _emit_embed(
   x: Any,
   norm: Any,
   square: Any,
-  first: Any,
-  offset_bytes: Any,
+  b: Any,
   start: Any,
+  *firsts: Any,
 ) -> None:
-  code = [
-    "{",
-    gains.SCRATCH,
-    ".reg .f32 ss0; mov.f32 ss0, 0f00000000;",
-  ]
+  load, store = ["{", gains.SCRATCH], []
   operands: list[Any] = []
   # Without this, every thread has something to do in every turn.
   partial = what.num_pieces % what.num_threads != 0
@@ -122,44 +129,58 @@ def _emit_embed(
     threads.turns(what.num_pieces, what.num_threads, guarded=True)
   ):
     there = t < what.num_pieces
+    inside = ""
     if partial:
       # Who has nothing to do reads the first piece, which then counts nothing.
       t = t * there
+      inside = f"@in{n} "
+      load.append(f".reg .pred in{n}; setp.ne.b32 in{n}, ${len(operands)}, 0;")
+      operands.append(there)
     element, byte = what.piece(t)
     gain = norm * (what.num_pieces * PIECE_COLUMNS) + t * PIECE_COLUMNS
-    k = len(operands)
-    operands += [
-      embedding.plus(first + element, 2),
-      x.plus(byte + offset_bytes, 1),
-      norms.plus(gain, F32_BYTES),
-    ]
-    registers = ", ".join(f"w{n}_{j}" for j in range(4))
-    code.append(
-      f".reg .b32 {registers}; ld.global.nc.v4.b32 {{{registers}}}, [${k}];"
-    )
-    if partial:
-      operands.append(there)
-      code.append(f".reg .pred in{n}; setp.ne.b32 in{n}, ${k + 3}, 0;")
-      code += [f"@!in{n} mov.b32 w{n}_{j}, 0;" for j in range(4)]
-    code += [
-      gains.load_gain(n, k + 2),
-      gains.apply_gain(n, n, 0),
-      f"{f'@in{n} ' if partial else ''}st.shared.v4.b32 [${k + 1}],"
-      f" {{{registers}}};",
-    ]
-  code += [gains.store_squares(0, len(operands)), "}"]
-  mosaic.asm(
-    " ".join(code),
-    *operands,
-    gains.squares_of(squares, square, 0, what.num_threads),
-  )
-  for t in threads.turns(what.num_columns, what.num_threads, guarded=True):
-    there, element = what.residual(t, start)
-    mosaic.asm(
-      "{ .reg .pred p; .reg .b16 h, z; .reg .b32 w; setp.ne.b32 p, $2, 0;"
-      " mov.b16 h, 0; mov.b16 z, 0; @p ld.global.nc.b16 h, [$0];"
-      " mov.b32 w, {z, h}; @p st.shared.b32 [$1], w; }",
-      embedding.plus(first + element, 2),
-      residual.plus(t, F32_BYTES),
-      there,
-    )
+    load.append(gains.load_gain(n, len(operands)))
+    operands.append(norms.plus(gain, F32_BYTES))
+    for k, first in enumerate(firsts):
+      at = n * what.num_sequences + k
+      registers = ", ".join(f"w{at}_{j}" for j in range(4))
+      load.append(
+        f".reg .b32 {registers};"
+        f" ld.global.nc.v4.b32 {{{registers}}}, [${len(operands)}];"
+      )
+      if partial:
+        store += [f"@!in{n} mov.b32 w{at}_{j}, 0;" for j in range(4)]
+      store.append(gains.apply_gain(at, n, k))
+      store.append(
+        f"{inside}st.shared.v4.b32 [${len(operands) + 1}], {{{registers}}};"
+      )
+      operands += [
+        embedding.plus(first + element, 2),
+        x.plus((b + k) * what.sequence_bytes + byte, 1),
+      ]
+  for n, t in enumerate(
+    threads.turns(what.num_columns, what.num_threads, guarded=True)
+  ):
+    for k, first in enumerate(firsts):
+      there, element = what.residual(t, start)
+      name, at = f"{n}_{k}", len(operands)
+      load.append(
+        f".reg .pred p{name}; .reg .b16 h{name}; mov.b16 h{name}, 0;"
+        f" setp.ne.b32 p{name}, ${at}, 0;"
+        f" @p{name} ld.global.nc.b16 h{name}, [${at + 1}];"
+      )
+      store.append(
+        f"mov.b16 z, 0; mov.b32 m, {{z, h{name}}};"
+        f" @p{name} st.shared.b32 [${at + 2}], m;"
+      )
+      operands += [
+        there,
+        embedding.plus(first + element, 2),
+        residual.plus((b + k) * what.num_columns + t, F32_BYTES),
+      ]
+  load.append(".reg .b16 z;")
+  for k in range(what.num_sequences):
+    load.append(f".reg .f32 ss{k}; mov.f32 ss{k}, 0f00000000;")
+  count = what.num_sequences
+  store.append(gains.store_squares(count, len(operands)))
+  operands += gains.squares_of(squares, square, count, what.num_threads)
+  mosaic.asm(" ".join([*load, *store, "}"]), *operands)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import mosaic, threads
-from pallas_kernels.geometry import SEGMENTS, TILE
+from pallas_kernels.geometry import SEGMENTS, UNIT_ROWS
 from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.parts import Part
 from pallas_kernels.plan import MASKED, WARPS
@@ -71,17 +71,15 @@ class ReduceRows:
 
 @dataclasses.dataclass(frozen=True)
 class StoreOwn:
-  """Stores the products of segments with their own columns.
+  """Sums up the products of segments with their own columns, and stores the sums.
 
   Attributes:
     batch: B; products are `[64, 8 B]`.
     row_values: values of a sequence where they are stored.
-    adds: whether to add to what is there.
   """
 
   batch: int
   row_values: int
-  adds: bool
 
   def column(self, row: Any) -> Any:
     """Returns which of a sequence's 8 columns is a row's own."""
@@ -165,27 +163,27 @@ def reduce_rows(kind: str, values: jax.Array, scratch: Ref) -> jax.Array:
 
 
 def store_own(
-  products: Sequence[jax.Array], sums: Ref, u: Index, *, adds: bool
+  products: Sequence[jax.Array], sums: Ref, u: Index, *, adds: Index
 ) -> None:
-  """Stores, or adds, the products of each row's segment with its own columns.
+  """Sums up the products of rows' segments with their own columns.
 
-  Threads are to meet before anybody reads them; what is added to, its thread has
-  stored.
+  Stores the sums of 8 rows of the matrix, or adds them. Threads are to meet before
+  anybody reads them; what is added to, its thread has stored.
 
   Args:
     products: `[64, 8 B]` float32, or as many `[64, 8]`.
-    sums: `[B, more than 64]` float32 in shared memory.
-    u: which 64 columns of it.
+    sums: `[B, rows]` float32 in shared memory.
+    u: which 8 rows of it.
     adds: whether there is a sum already.
   """
   batch, row_values = sums.shape
-  what = StoreOwn(batch, row_values, adds)
+  what = StoreOwn(batch, row_values)
   threads.run(
     what,
     _emit_store_own,
     [sums],
     [],
-    [u],
+    [u, adds],
     arrays=products,
   )
 
@@ -383,29 +381,41 @@ def _emit_reduce(
 
 
 def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:
-  *arrays, u = args
+  *arrays, u, adds = args
   products = [x for array in arrays for x in array]
+  t = mosaic.thread_index(THREADS)
+  warp, lane = t // WARP, t % WARP
+  # Rows r and r + 8 have the same own column, which one thread of four holds; they
+  # are segments of two rows of the matrix, and the warp has all of those.
   row, col = _place()
-  # Rows r and r + 8 have the same own column, which one thread of four holds.
   own = what.column(row)
   mine = (col < own + 1) & (own < col + 2)
-  add = (
-    " @p ld.shared.f32 x, [$0]; @p ld.shared.f32 y, [$0 + 32];"
-    " @p add.f32 a, a, x; @p add.f32 b, b, y;"
-    if what.adds
-    else ""
+  values = [f"s{n}" for n in range(2 * what.batch)]
+  own_products = " ".join(
+    f"selp.f32 s{n}, ${5 + 2 * n}, ${4 + 2 * n}, odd;"
+    f" selp.f32 s{n}, s{n}, 0f00000000, mine;"
+    for n in range(len(values))
   )
-  for b in range(what.batch):
-    mosaic.asm(
-      "{ .reg .pred p, odd; .reg .f32 a, b, x, y; setp.ne.b32 p, $1, 0;"
-      " setp.ne.b32 odd, $2, 0;"
-      " selp.f32 a, $4, $3, odd; selp.f32 b, $6, $5, odd;"
-      f"{add} @p st.shared.f32 [$0], a; @p st.shared.f32 [$0 + 32], b; }}",
-      sums.plus(u * TILE + row + b * what.row_values, F32_BYTES),
-      mine,
-      own % 2,
-      *products[_VALUES * b : _VALUES * (b + 1)],
-    )
+  lanes = threads.sums_lanes(len(values))
+  n = lane // lanes
+  there = (lane % lanes < 1) & (n < len(values))
+  place = n // 2 * what.row_values + u * UNIT_ROWS + warp * 2 + n % 2
+  num = len(products)
+  mosaic.asm(
+    f"{{ .reg .pred mine, odd, p, q; .reg .f32 x, {', '.join(values)};"
+    f" {threads.SUMS_SCRATCH}"
+    " setp.ne.b32 mine, $0, 0; setp.ne.b32 odd, $1, 0;"
+    " setp.ne.b32 p, $2, 0; setp.ne.and.b32 q, $3, 0, p;"
+    f" {own_products} {threads.warp_sums(values)}"
+    f" @q ld.shared.f32 x, [${num + 4}]; @q add.f32 s0, s0, x;"
+    f" @p st.shared.f32 [${num + 4}], s0; }}",
+    mine,
+    own % 2,
+    there,
+    adds,
+    *products,
+    sums.plus(place, F32_BYTES),
+  )
   return []
 
 

@@ -6,7 +6,7 @@ PTX for programs of `threads`. A thread has 8 bfloat16 in four registers `wN_0` 
 
 from typing import Any
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, threads
 from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.threads import F32_BYTES, WARP
 
@@ -42,24 +42,37 @@ def apply_gain(n: int, gain: int, sequence: int) -> str:
   )
 
 
-def store_squares(sequence: int, operand: int) -> str:
-  """Returns PTX that sums `ss` over the warp; its first thread stores it."""
-  steps = " ".join(
-    f"mov.b32 m, ss{sequence};"
-    f" shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
-    f" mov.b32 lo, m; add.f32 ss{sequence}, ss{sequence}, lo;"
-    for distance in (16, 8, 4, 2, 1)
-  )
+def store_squares(count: int, operand: int) -> str:
+  """Returns PTX that sums `ss0` and those after it over the warp, and stores them.
+
+  Args:
+    count: how many sums.
+    operand: where a lane's is to go, and whether it goes there; see `squares_of`.
+  """
+  sums = threads.warp_sums([f"ss{k}" for k in range(count)])
   return (
-    f"{steps} mov.u32 m, %laneid; setp.eq.u32 e, m, 0;"
-    f" @e st.shared.f32 [${operand}], ss{sequence};"
+    f"{threads.SUMS_SCRATCH} {sums} setp.ne.b32 e, ${operand + 1}, 0;"
+    f" @e st.shared.f32 [${operand}], ss0;"
   )
 
 
 def squares_of(
-  squares: Any, square: Any, sequence: int, num_threads: int
-) -> Any:
-  """Returns where a warp's sum of squares goes."""
-  warp = mosaic.thread_index(num_threads) // WARP
+  squares: Any, square: Any, count: int, num_threads: int
+) -> tuple[Any, Any]:
+  """Returns where a lane's sum of squares goes, and whether it has one.
+
+  Args:
+    squares: float32 in shared memory, by sequence and warp.
+    square: where the first sequence's begin.
+    count: how many sequences.
+    num_threads: of all warps.
+  """
+  t = mosaic.thread_index(num_threads)
+  warp, lane = t // WARP, t % WARP
+  lanes = threads.sums_lanes(count)
+  sequence = lane // lanes
   index = square + warp + sequence * (num_threads // WARP)
-  return squares.plus(index, F32_BYTES)
+  return (
+    squares.plus(index, F32_BYTES),
+    (lane % lanes < 1) & (sequence < count),
+  )

@@ -28,9 +28,11 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import (
+  choosing,
   code_packing,
   codes,
   embedding,
+  finishing,
   fragments,
   parts,
   patching,
@@ -38,7 +40,8 @@ from pallas_kernels import (
   words,
 )
 from pallas_kernels.formats import ROW_BYTES
-from pallas_kernels.geometry import SEGMENTS, TILE
+from pallas_kernels.geometry import SEGMENTS, TILE, UNIT_ROWS
+from pallas_kernels.plan import GROUP_ROWS
 
 # A wait that has not ended by then never will.
 DEADLOCK_S = 60.0
@@ -357,7 +360,7 @@ def _run_send(
   rows, cols = what.num_rows, source[2][1]
   values = run.read(source, (0, 0), (rows, cols))
   if what.stamped:
-    bits = values.view(f"u{what.payload_bytes}").ravel()
+    bits = values.view(np.uint64).ravel()
     run.words.send(first + word[sent], bits[payload[sent]], stamp)
   elif count > 0:
     run.write(target, (0, start), values[:, :count])
@@ -380,11 +383,11 @@ def _run_receive(
       wants_a, wants_b, word, _ = one.place(sequence, t, column, valid)
       index = first + np.stack([word, word + 1], 1).ravel()
       wanted = np.stack([wants_a, wants_b], 1).ravel()
-      payload = np.zeros(len(index), f"u{one.payload_bytes}")
+      payload = np.zeros(len(index), np.uint64)
       payload[wanted] = run.words.receive(
         index[wanted],
         stamp,
-        one.payload_bytes,
+        payload.itemsize,
         run.memory.check_failed,
         run.where,
       )
@@ -393,9 +396,6 @@ def _run_receive(
         num_warps = one.num_threads // threads.WARP
         at = square + sequence * num_warps
         values = _gained(run, values, norms, norm, squares, at, num_warps)
-      if len(shape) == 1:
-        run.write(target, (0,), values.ravel())
-        continue
       begin_bytes = offset_bytes + sequence * one.sequence_bytes
       row = begin_bytes // (shape[1] * dtype.itemsize)
       run.write(target, (row, 0), values)
@@ -426,27 +426,30 @@ def _run_embed(
   scalars: Sequence[int],
 ) -> None:
   embedding, norms, squares, residual, x = refs
-  norm, square, first, offset_bytes, start = scalars
+  norm, square, first_sequence, start, *firsts = scalars
   _, per_cta, rows, half = embedding[2]
-  chunk, element = divmod(first, rows * half)
-  owner, local = divmod(chunk, per_cta)
-  read = run.read(
-    embedding, (owner, local, 0, 0), (1, what.unit_chunks, rows, half)
-  )
-  t = np.arange(what.num_pieces)
-  begins, _ = what.piece(t)
-  flat = read.ravel()
-  each = np.arange(SEGMENTS * what.segment // len(t))
-  values = flat[element + begins[:, None] + each].reshape(SEGMENTS, -1)
-  row = offset_bytes // (x[2][1] * x[3].itemsize)
   num_warps = what.num_threads // threads.WARP
-  values = _gained(run, values, norms, norm, squares, square, num_warps)
-  run.write(x, (row, 0), values)
-  t = np.arange(what.num_columns)
-  there, elements = what.residual(t, start)
-  if there.any():
-    columns = flat[element + elements[there]].astype(np.float32)
-    run.write(residual, (0,), columns)
+  for k, first in enumerate(firsts):
+    b = first_sequence + k
+    chunk, element = divmod(first, rows * half)
+    owner, local = divmod(chunk, per_cta)
+    read = run.read(
+      embedding, (owner, local, 0, 0), (1, what.unit_chunks, rows, half)
+    )
+    t = np.arange(what.num_pieces)
+    begins, _ = what.piece(t)
+    flat = read.ravel()
+    each = np.arange(SEGMENTS * what.segment // len(t))
+    values = flat[element + begins[:, None] + each].reshape(SEGMENTS, -1)
+    row = b * what.sequence_bytes // (x[2][1] * x[3].itemsize)
+    at = square + k * num_warps
+    values = _gained(run, values, norms, norm, squares, at, num_warps)
+    run.write(x, (row, 0), values)
+    t = np.arange(what.num_columns)
+    there, elements = what.residual(t, start)
+    if there.any():
+      columns = flat[element + elements[there]].astype(np.float32)
+      run.write(residual, (b, 0), columns[None])
 
 
 def _run_patch(
@@ -561,13 +564,166 @@ def _run_store_own(
 ) -> None:
   (sums,) = refs
   products = np.concatenate(arrays, axis=1)
-  at = scalars[0] * TILE
+  at = scalars[0] * UNIT_ROWS
   row = np.arange(TILE)
   for b in range(what.batch):
-    own = products[row, SEGMENTS * b + what.column(row)][None]
-    if what.adds:
-      own = own + run.read(sums, (b, at), (1, TILE))
+    own = products[row, SEGMENTS * b + what.column(row)]
+    own = own.reshape(1, UNIT_ROWS, SEGMENTS).sum(2)
+    if scalars[1]:
+      own = own + run.read(sums, (b, at), (1, UNIT_ROWS))
     run.write(sums, (b, at), own)
+
+
+def _rows_of(what: Any, run: _Threads, refs: Sequence[Any]) -> np.ndarray:
+  """Returns a group's results `[B, 64]`, normed if they are to be."""
+  rows = run.read(refs[0], (0, 0), (what.batch, GROUP_ROWS))
+  norm = getattr(what, "norm", None)
+  if norm is None:
+    return rows
+  squares = run.read(refs[1], (0,), (what.batch * norm.num_warps,))
+  total = squares.reshape(what.batch, norm.num_warps).sum(1)
+  mean = total / np.float32(norm.hidden_size)
+  return rows / np.sqrt(mean + np.float32(norm.eps))[:, None]
+
+
+def _run_load_angles(
+  what: finishing.LoadAngles,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  angles, cos_sin = refs
+  found = run.read(angles, (scalars[0], 0, 0, 0), (1, *angles[2][1:])).ravel()
+  source, target = what.place(np.arange(what.num_pieces))
+  copied = np.empty(cos_sin[2], np.float32)
+  each = np.arange(finishing.PIECE_FLOATS)
+  copied.ravel()[target[:, None] + each] = found[source[:, None] + each]
+  run.write(cos_sin, (0, 0, 0), copied)
+
+
+def _run_add_residual(
+  what: finishing.AddResidual,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  _, residual, results = refs
+  rows = _rows_of(what, run, refs)
+  rows = rows + run.read(residual, (0, scalars[0]), rows.shape)
+  run.write(residual, (0, scalars[0]), rows)
+  run.write(results, (0, 0), rows.astype(results[3]))
+
+
+def _run_apply_rope(
+  what: finishing.ApplyRope,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  *_, cos_sin, results = refs
+  pair, start = scalars
+  num = GROUP_ROWS // 2
+  rows = _rows_of(what, run, refs)
+  angles = run.read(cos_sin, (0, 0, start), (2, what.batch, num))
+  turned = pair + np.arange(num) < what.num_turned
+  cos, sin = (
+    np.where(turned, x, np.float32(one))
+    for x, one in zip(angles, (1, 0), strict=True)
+  )
+  x, y = rows[:, ::2], rows[:, 1::2]
+  rows = np.concatenate([x * cos - y * sin, y * cos + x * sin], axis=1)
+  run.write(results, (0, 0), rows.astype(results[3]))
+
+
+def _run_apply_swiglu(
+  what: finishing.ApplySwiglu,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  del scalars
+  results = refs[-1]
+  rows = _rows_of(what, run, refs)
+  gate, up = rows[:, ::2], rows[:, 1::2]
+  with np.errstate(over="ignore"):
+    rows = gate * (1 / (1 + np.exp(-gate))) * up
+  run.write(results, (0, 0), rows.astype(results[3]))
+
+
+def _run_keep_best(
+  what: finishing.KeepBest,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  *_, results, best = refs
+  first, num_rows = scalars
+  rows = _rows_of(what, run, refs)
+  run.write(results, (0, 0), rows)
+  lane = np.arange(GROUP_ROWS)
+  index = first + lane
+  kept = run.read(best, (0, 0), (2 * what.batch, GROUP_ROWS))
+  most, at = np.split(kept, 2)
+  better = (index < what.vocab_size) & (lane < num_rows) & (rows > most)
+  kept = [np.where(better, rows, most), np.where(better, index, at)]
+  run.write(best, (0, 0), np.concatenate(kept).astype(np.float32))
+
+
+def _run_begin_best(
+  what: choosing.BeginBest,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  del scalars
+  (best,) = refs
+  begin = np.repeat(np.float32([-np.inf, what.vocab_size]), what.batch)
+  run.write(best, (0, 0), np.tile(begin[:, None], best[2][1]))
+
+
+def _best(values: np.ndarray, indices: np.ndarray) -> tuple[float, float]:
+  """Returns the largest logit and its index, the lowest of equals."""
+  most = values.max()
+  return most, indices[values == most].min()
+
+
+def _run_send_best(
+  what: choosing.SendBest,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  first, stamp = scalars
+  best = run.read(refs[1], (0, 0), refs[1][2])
+  for b in range(what.batch):
+    found = np.float32(_best(best[b], best[what.batch + b]))
+    words = first + (b + np.arange(2) * what.batch) * what.row_words
+    run.words.send(words, found.view(np.uint32), stamp)
+
+
+def _run_choose(
+  what: choosing.Choose,
+  run: _Threads,
+  refs: Sequence[Any],
+  scalars: Sequence[int],
+) -> None:
+  first, stamp = scalars
+  chosen = np.empty(what.batch, np.int32)
+  for b in range(what.batch):
+    values, indices = (
+      run.words.receive(
+        first
+        + (b + n * what.batch) * what.row_words
+        + np.arange(what.num_ctas),
+        stamp,
+        threads.F32_BYTES,
+        run.memory.check_failed,
+        run.where,
+      ).view(np.float32)
+      for n in range(2)
+    )
+    chosen[b] = min(_best(values, indices)[1], what.vocab_size - 1)
+  run.write(refs[1], (0,), chosen)
 
 
 def _run_store_weights(
@@ -618,6 +774,14 @@ _PROGRAMS: dict[Any, Callable[..., Sequence[np.ndarray] | None]] = {
   fragments.ReduceRows: _run_reduce,
   fragments.StoreOwn: _run_store_own,
   fragments.StoreWeights: _run_store_weights,
+  choosing.BeginBest: _run_begin_best,
+  choosing.SendBest: _run_send_best,
+  choosing.Choose: _run_choose,
+  finishing.LoadAngles: _run_load_angles,
+  finishing.AddResidual: _run_add_residual,
+  finishing.ApplyRope: _run_apply_rope,
+  finishing.ApplySwiglu: _run_apply_swiglu,
+  finishing.KeepBest: _run_keep_best,
   codes.MultiplyCodes: _run_multiply,
   threads.Meet: lambda *_: None,
 }

@@ -26,15 +26,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, steps, times
+from pallas_kernels import finishing, mosaic, steps, times
 from pallas_kernels.attention import AttentionPhase
 from pallas_kernels.formats import ROW_BYTES
 from pallas_kernels.geometry import CHUNK_COLS, CHUNK_ROWS
-from pallas_kernels.layouts import BF16, F32, I32, SWIZZLED, Index, rows_layout
+from pallas_kernels.layouts import BF16, F32, I32, SWIZZLED, Index
 from pallas_kernels.matmul import MatmulPhases
 from pallas_kernels.plan import (
   CHANGED,
-  GROUP_ROWS,
   INSTEAD_OF_X,
   QKV,
   Plan,
@@ -51,23 +50,8 @@ class Cta(MatmulPhases, AttentionPhase):
   """One CTA's part of the step."""
 
   def load_angles(self) -> None:
-    """Copies the angles to shared memory, the first ones again at the end.
-
-    A meeting is to follow.
-    """
-    width = GROUP_ROWS // 2
-    angles = self.angles.at[self.step]
-    num = self.cos_sin.shape[2] // width
-    for n in range(2):
-      for j in range(num):
-        at = j * width % angles.shape[2]
-        for b in range(self.plan.batch):
-          values = plgpu.load(
-            angles.at[n, b, pl.ds(at, width)],
-            layout=rows_layout(width).reduce(0),
-            optimized=False,
-          )
-          mosaic.store(self.cos_sin.at[n, b, pl.ds(j * width, width)], values)
+    """Copies the angles to shared memory; a meeting is to follow."""
+    finishing.load_angles(self.team, self.angles, self.step, self.cos_sin)
 
   def compute(self) -> None:
     """Follows the stream through all phases of the step."""
@@ -75,7 +59,7 @@ class Cta(MatmulPhases, AttentionPhase):
     # Stamps count layers through all steps.
     before = self.step * self.num_layers
     after = before + self.num_layers
-    self.first_wg(self.load_angles)
+    self.load_angles()
 
     def fill_normed(name: str, norm: Index, stamp: Index) -> None:
       # Every matrix that comes after a norm has D columns, in one block.

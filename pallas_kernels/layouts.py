@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE
-
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
 
 # A Python integer or a traced int32 scalar.
@@ -22,17 +20,6 @@ SWIZZLED = (
   plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
   plgpu.SwizzleTransform(128),  # type: ignore[abstract]
 )
-
-
-def rows_layout(cols: int) -> Any:
-  """Returns the layout of `[8, cols]` arrays: two rows per warp, 16 lanes each."""
-  width = min(cols, TILE)
-  return plgpu.Layout.TILED(
-    plgpu.Tiling(((8, width), (2, width), (width // 16,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-  )
 
 
 def fori(lower: Index, upper: Index, body: Callable[[Index], None]) -> None:

@@ -56,12 +56,10 @@ WARPS = 4
 SMEM_BYTES = 232448 - 512
 # Each array there begins on a multiple of this.
 _SMEM_ALIGNMENT_BYTES = 1024
-# What sums and maxima over warps go through.
-_REDUCTION_BYTES = 2048
 # Activations that do not fit in this come in blocks.
-_X_BYTES = 65536
+_X_BYTES = 32768
 # Arrays in shared memory that take the place of x, when x is not in use.
-INSTEAD_OF_X = ("p", "tops", "attended", "candidates")
+INSTEAD_OF_X = ("p", "tops", "attended", "chosen")
 # Keys and values of wide heads take two slots, and one more is under way.
 MIN_SLOTS = 3
 # Score of a key that is not to be seen: its weight is 0.
@@ -203,7 +201,7 @@ class Plan:
     }
     instead_bytes = sum(aligned_bytes.pop(name) for name in INSTEAD_OF_X)
     aligned_bytes["x"] = max(aligned_bytes["x"], instead_bytes)
-    return sum(aligned_bytes.values()) + _REDUCTION_BYTES
+    return sum(aligned_bytes.values())
 
   @property
   def num_slots(self) -> int:
@@ -336,7 +334,7 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     x=((b * SEGMENTS, plan.x_tiles * CHUNK_COLS), bf16),
     q=((8, g.head_dim), bf16),
     p=((8, TILES_AT_ONCE * TILE), bf16),
-    sums=((b, GROUP_UNITS * TILE), f32),
+    sums=((b, GROUP_ROWS), f32),
     results=((b, GROUP_ROWS), bf16),
     results_f32=((b, GROUP_ROWS), f32),
     residual=((b, own_rows), f32),
@@ -346,5 +344,5 @@ def scratch_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     attended=((8, g.head_dim), bf16),
     new=((2, g.head_dim), bf16),
     best=((2 * b, GROUP_ROWS), f32),
-    candidates=((2, plan.candidate_cols), f32),
+    chosen=((b,), jnp.int32),
   )

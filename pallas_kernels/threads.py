@@ -64,6 +64,53 @@ def turns(
   return [t + i * num_threads for i in range(-(-count // num_threads))]
 
 
+# What `warp_sums` uses beside the values.
+SUMS_SCRATCH = (
+  ".reg .pred upper; .reg .b32 lane, bits; .reg .f32 keep, pass;"
+  " mov.u32 lane, %laneid;"
+)
+
+
+def sums_lanes(count: int) -> int:
+  """Returns how many lanes have the same one of so many sums."""
+  return WARP >> (count - 1).bit_length()
+
+
+def warp_sums(values: Sequence[str]) -> str:
+  """Returns PTX that sums float32 registers over the warp, each by itself.
+
+  In each of the first steps, lanes hand half of their values on and keep the other
+  half, so that about as many go from lane to lane as there are sums, and not five
+  times as many. Lane n then has that of number `n // sums_lanes(count)` in the first
+  register, if there is one of that number.
+  """
+  num, distance = WARP // sums_lanes(len(values)), WARP // 2
+  names: list[str] = [*values, *["0f00000000"] * (num - len(values))]
+  code = []
+
+  def get(value: str) -> str:
+    return (
+      f"mov.b32 bits, {value};"
+      f" shfl.sync.bfly.b32 bits, bits, {distance}, 31, 0xFFFFFFFF;"
+      " mov.b32 pass, bits;"
+    )
+
+  while num > 1:
+    num //= 2
+    code.append(f"and.b32 bits, lane, {distance}; setp.ne.u32 upper, bits, 0;")
+    for low, high in zip(names[:num], names[num:], strict=True):
+      code.append(
+        f"selp.f32 pass, {low}, {high}, upper;"
+        f" selp.f32 keep, {high}, {low}, upper;"
+        f" {get('pass')} add.f32 {low}, keep, pass;"
+      )
+    names, distance = names[:num], distance // 2
+  while distance:
+    code.append(f"{get(names[0])} add.f32 {names[0]}, {names[0]}, pass;")
+    distance //= 2
+  return " ".join(code)
+
+
 @dataclasses.dataclass(frozen=True)
 class Meet:
   """Nothing but threads that wait for each other.

@@ -32,7 +32,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import gains, mosaic, threads
-from pallas_kernels.layouts import BF16, Index, Ref
+from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.threads import F32_BYTES, PIECE_COLUMNS, Team, tiled_byte
 
 WORD_BYTES = 8
@@ -63,8 +63,7 @@ class Send:
     target_stride: words from row to row in device memory.
     half_head: words of half a head if the two halves of a row go to the two
       halves of heads, or None if rows go where they are.
-    payload_bytes: of a word.
-    stamped: or what is sent are bare payloads, for others than this kernel.
+    stamped: or what is sent are float32 as they are, for others than this kernel.
     num_threads: that send.
   """
 
@@ -73,9 +72,13 @@ class Send:
   source_stride: int
   target_stride: int
   half_head: int | None
-  payload_bytes: int
   stamped: bool
   num_threads: int
+
+  @property
+  def payload_bytes(self) -> int:
+    """Of a word, or of what is sent instead."""
+    return _BF16_BYTES if self.stamped else F32_BYTES
 
   @property
   def num_payloads(self) -> int:
@@ -125,7 +128,6 @@ class Receive:
     target_stride: payloads from row to row in shared memory, or None if it is
       an operand of `wgmma`, with 8 rows for each sequence.
     sequence_bytes: from sequence to sequence in shared memory.
-    payload_bytes: of a word.
     gained: whether to multiply by a norm's weights and to sum up squares.
     num_threads: that wait.
   """
@@ -138,7 +140,6 @@ class Receive:
   masked: bool
   target_stride: int | None
   sequence_bytes: int
-  payload_bytes: int
   gained: bool
   num_threads: int
 
@@ -172,19 +173,15 @@ class Receive:
       first = first & inside & (word < valid)
       second = second & inside & (word + 1 < valid)
     if self.target_stride is not None:
-      byte = (row * self.target_stride + i) * self.payload_bytes
+      byte = (row * self.target_stride + i) * _BF16_BYTES
     else:
-      byte = tiled_byte(row, i * self.payload_bytes)
+      byte = tiled_byte(row, i * _BF16_BYTES)
     return (
       first,
       second,
       word + sequence * self.sequence_words,
       byte + sequence * self.sequence_bytes,
     )
-
-
-def _payload_bytes(ref: Ref) -> int:
-  return _BF16_BYTES if ref.dtype == BF16 else F32_BYTES
 
 
 def sequences_at_once(batch: int, columns: int, num_threads: int) -> int:
@@ -215,7 +212,7 @@ def send(
       writes to `source`.
     words: all words.
     first: the first row's first one.
-    source: `[rows, columns]` in shared memory, bfloat16 or float32.
+    source: `[rows, columns]` bfloat16 in shared memory.
     start: word of each row that the source's first payload becomes.
     count: how many words of each row are sent.
     stamp: theirs.
@@ -225,15 +222,13 @@ def send(
     half_head: see `Send`.
   """
   rows, cols = source.shape
-  payload_bytes = _payload_bytes(source)
-  stride = cols * source.dtype.itemsize // payload_bytes
+  stride = cols * source.dtype.itemsize // _BF16_BYTES
   what = Send(
     num_rows or rows,
     row_payloads or stride,
     stride,
     target_stride,
     half_head,
-    payload_bytes,
     True,
     team.num_threads,
   )
@@ -258,7 +253,7 @@ def put(
   rows, cols = source.shape
   what = Send(
     *(rows, cols, cols, target.shape[1]),
-    *(None, F32_BYTES, False, team.num_threads),
+    *(None, False, team.num_threads),
   )
   team.meet()
   threads.run(what, _emit_send, [target, source], [], [0, start, count, 0])
@@ -310,7 +305,6 @@ class Wanted:
       self.valid is not None,
       None if self.tiled else self.row_words,
       self.sequence_bytes,
-      _payload_bytes(self.target),
       self.gain is not None,
       team.num_threads,
     )
@@ -367,20 +361,15 @@ def _emit_send(
   stamp: Any,
 ) -> None:
   size = WORD_BYTES if what.stamped else what.payload_bytes
-  if not what.stamped:
-    code = "@p ld.shared.b32 x, [$1]; @p st.global.b32 [$0], x;"
-  elif what.payload_bytes == F32_BYTES:
-    code = (
-      "@p ld.shared.b32 x, [$1]; mov.b64 w, {x, $3};"
-      " @p st.relaxed.gpu.global.b64 [$0], w;"
-    )
-  else:
+  if what.stamped:
     stamp = _bit_of(stamp)
     code = (
       "@p ld.shared.v2.b32 {x, y}, [$1];"
       f" {_make_room('x')} or.b32 x, x, $3; mov.b64 w, {{x, y}};"
       " @p st.relaxed.gpu.global.b64 [$0], w;"
     )
+  else:
+    code = "@p ld.shared.b32 x, [$1]; @p st.global.b32 [$0], x;"
   for t in threads.turns(what.num_payloads, what.num_threads, guarded=True):
     sent, payload, word = what.place(t, start, count)
     mosaic.asm(
@@ -411,9 +400,9 @@ def _make_room(x: str) -> str:
 
 def _take_out(x: str) -> str:
   """Returns PTX that puts back what the stamp has taken the place of."""
+  # (x & ~_STAMP) | (~(x >> 1) & _STAMP)
   return (
-    f"shr.u32 m, {x}, 1; not.b32 m, m; and.b32 m, m, {_STAMP};"
-    f" and.b32 {x}, {x}, {~_STAMP & 0xFFFFFFFF}; or.b32 {x}, {x}, m;"
+    f"shr.u32 m, {x}, 1; lop3.b32 {x}, {x}, m, {_STAMP}, 0x72;"
     f" and.b32 m, {x}, 0x7FFF; setp.eq.u32 e, m, {SMALLEST};"
     f" @e and.b32 {x}, {x}, 0xFFFF8000;"
     f" setp.eq.u32 e, m, {LARGEST}; @e or.b32 {x}, {x}, 0x7FFF;"
@@ -424,106 +413,119 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
   norms = squares = None
   if what[0].gained:
     norms, squares, *args = args  # type: ignore[assignment]
-  targets, (norm, square, stamp) = args[: len(what)], args[len(what) :][:3]
+  targets, args = args[: len(what)], args[len(what) :]
+  norm, square, stamp, *numbers = args
+  places: dict[tuple[int, int], list[Any]] = {}
   turns = []
   for n, (one, target) in enumerate(zip(what, targets, strict=True)):
-    at = len(what) + 3 + 4 * n
-    first, column, offset_bytes, valid = args[at : at + 4]
+    first, column, offset_bytes, valid = numbers[4 * n :][:4]
     # Without this, every thread has something to do in every turn.
     masked = one.masked or one.num_pairs % one.num_threads != 0
-    for sequence in range(one.num_sequences):
-      turns_of_one = threads.turns(one.num_pairs, one.num_threads, guarded=True)
-      for j, t in enumerate(turns_of_one):
-        wants_a, wants_b, word, byte = one.place(sequence, t, column, valid)
-        addresses = (
-          words.plus(first + word, WORD_BYTES),
-          target.plus(byte + offset_bytes, 1),
-        )
-        flags = (wants_a, wants_b, t < one.num_pairs) if masked else ()
-        turns.append((one, sequence, j, t, addresses, flags))
+    turns_of_one = threads.turns(one.num_pairs, one.num_threads, guarded=True)
+    for j, t in enumerate(turns_of_one):
+      wants_a, wants_b, word, byte = one.place(0, t, column, valid)
+      places[n, j] = [
+        words.plus(first + word, WORD_BYTES),
+        target.plus(byte + offset_bytes, 1),
+        *((wants_a, wants_b, t < one.num_pairs) if masked else ()),
+      ]
+    turns += [
+      (n, one, sequence, j, t)
+      for sequence in range(one.num_sequences)
+      for j, t in enumerate(turns_of_one)
+    ]
   for begin in range(0, len(turns), _MOST_IN_FLIGHT):
     some = turns[begin : begin + _MOST_IN_FLIGHT]
-    operands = [stamp, _bit_of(stamp)]
+    operands = [_bit_of(stamp)]
     declare, load, check, store = [gains.SCRATCH], [], [], []
-    sequences = sorted({sequence for _, sequence, *_ in some})
+    sequences = sorted({sequence for _, _, sequence, _, _ in some})
     if norms is not None:
       one = what[0]
-      for j, t in sorted({turn[2]: turn[3] for turn in some}.items()):
+      for j, t in sorted({turn[3]: turn[4] for turn in some}.items()):
         if one.num_pairs % one.num_threads != 0:
           # Who has nothing to do reads the first weights.
           t = t * (t < one.num_pairs)
         element = norm * (one.num_rows * one.row_words * 4) + t * PIECE_COLUMNS
         declare.append(gains.load_gain(j, len(operands)))
         operands.append(norms.plus(element, F32_BYTES))
-      for sequence in sequences:
+      for k in range(len(sequences)):
+        declare.append(f".reg .f32 ss{k}; mov.f32 ss{k}, 0f00000000;")
+    # Sequences differ by what is known here.
+    at_operand = {}
+    for key in sorted({(n, j) for n, _, _, j, _ in some}):
+      at_operand[key] = k = len(operands)
+      operands += places[key]
+      if len(places[key]) > 2:
+        name = "{}_{}".format(*key)
         declare.append(
-          f".reg .f32 ss{sequence}; mov.f32 ss{sequence}, 0f00000000;"
+          f".reg .pred p{name}, q{name}, in{name};"
+          f" setp.ne.b32 p{name}, ${k + 2}, 0;"
+          f" setp.ne.b32 q{name}, ${k + 3}, 0;"
+          f" setp.ne.b32 in{name}, ${k + 4}, 0;"
         )
-    for n, (one, sequence, j, _, addresses, flags) in enumerate(some):
-      k = len(operands)
-      operands += addresses
-      inside = ""
+    for i, (n, one, sequence, j, _) in enumerate(some):
+      k, name = at_operand[n, j], f"{n}_{j}"
+      masked = len(places[n, j]) > 2
+      word_bytes = sequence * one.sequence_words * WORD_BYTES
+      source = f"${k} + {word_bytes}"
       declare.append(
-        f".reg .b64 a{n}, b{n};"
-        f" .reg .b32 w{n}_0, w{n}_1, w{n}_2, w{n}_3, s{n}, t{n};"
+        f".reg .b64 a{i}, b{i}; .reg .b32 w{i}_0, w{i}_1, w{i}_2, w{i}_3;"
       )
-      if flags:
-        operands += flags
-        declare.append(f".reg .pred p{n}, q{n}, in{n};")
-        declare.append(
-          f"setp.ne.b32 p{n}, ${k + 2}, 0; setp.ne.b32 q{n}, ${k + 3}, 0;"
-          f" setp.ne.b32 in{n}, ${k + 4}, 0; mov.b64 a{n}, 0; mov.b64 b{n}, 0;"
-        )
+      # What is never sent reads as zero.
+      declare.append(f"mov.b64 a{i}, 0; mov.b64 b{i}, 0;")
+      if masked:
         load.append(
-          f"@p{n} ld.relaxed.gpu.global.b64 a{n}, [${k}];"
-          f" @q{n} ld.relaxed.gpu.global.b64 b{n}, [${k} + {WORD_BYTES}];"
+          f"@p{name} ld.relaxed.gpu.global.b64 a{i}, [{source}];"
+          f" @q{name} ld.relaxed.gpu.global.b64 b{i}, [{source} + {WORD_BYTES}];"
         )
-        inside = f"@in{n} "
       else:
-        load.append(f"ld.relaxed.gpu.global.v2.b64 {{a{n}, b{n}}}, [${k}];")
-      check.append(
-        f"mov.b64 {{w{n}_0, w{n}_1}}, a{n}; mov.b64 {{w{n}_2, w{n}_3}}, b{n};"
-      )
-      if one.payload_bytes == F32_BYTES:
-        check.append(f"xor.b32 s{n}, w{n}_1, $0; xor.b32 t{n}, w{n}_3, $0;")
-        stored = f"st.shared.v2.b32 [${k + 1}], {{w{n}_0, w{n}_2}};"
-      else:
-        check.append(
-          f"xor.b32 s{n}, w{n}_0, $1; and.b32 s{n}, s{n}, {_STAMP};"
-          f" xor.b32 t{n}, w{n}_2, $1; and.b32 t{n}, t{n}, {_STAMP};"
+        # Who has its words need not ask again for the others of its warp.
+        load.append(
+          f"@again ld.relaxed.gpu.global.v2.b64 {{a{i}, b{i}}}, [{source}];"
         )
-        store += [_take_out(f"w{n}_0"), _take_out(f"w{n}_2")]
-        if one.gained:
-          store.append(gains.apply_gain(n, j, sequence))
-        stored = (
-          f"st.shared.v4.b32 [${k + 1}], {{w{n}_0, w{n}_1, w{n}_2, w{n}_3}};"
-        )
-      if flags:
-        # What is never sent reads as zero.
-        check.append(f"@!p{n} mov.b32 s{n}, 0; @!q{n} mov.b32 t{n}, 0;")
-      check.append(
-        f"or.b32 missing, missing, s{n}; or.b32 missing, missing, t{n};"
+      # missing | (word ^ stamp)
+      wants = (f"@p{name} ", f"@q{name} ") if masked else ("", "")
+      check += [
+        f"mov.b64 {{low, m}}, {word}{i};"
+        f" {want}lop3.b32 missing, missing, low, $0, 0xF6;"
+        for want, word in zip(wants, "ab", strict=True)
+      ]
+      store += [
+        f"mov.b64 {{w{i}_0, w{i}_1}}, a{i}; mov.b64 {{w{i}_2, w{i}_3}}, b{i};",
+        _take_out(f"w{i}_0"),
+        _take_out(f"w{i}_2"),
+      ]
+      if one.gained:
+        store.append(gains.apply_gain(i, j, sequences.index(sequence)))
+      store.append(
+        f"{f'@in{name} ' if masked else ''}st.shared.v4.b32"
+        f" [${k + 1} + {sequence * one.sequence_bytes}],"
+        f" {{w{i}_0, w{i}_1, w{i}_2, w{i}_3}};"
       )
-      store.append(f"{inside}{stored}")
     if squares is not None:
-      for sequence in sequences:
-        store.append(gains.store_squares(sequence, len(operands)))
-        operands.append(
-          gains.squares_of(squares, square, sequence, what[0].num_threads)
-        )
+      count = len(sequences)
+      store.append(gains.store_squares(count, len(operands)))
+      num_warps = what[0].num_threads // threads.WARP
+      operands += gains.squares_of(
+        squares,
+        square + sequences[0] * num_warps,
+        count,
+        what[0].num_threads,
+      )
     mosaic.asm(
       " ".join(
         [
-          "{ .reg .pred again; .reg .b32 missing;",
+          "{ .reg .pred again, any; .reg .b32 missing, low;",
           *declare,
+          "setp.eq.u32 again, 0, 0;",
           "receive_${:uid}: mov.b32 missing, 0;",
           *load,
           *check,
+          f"and.b32 missing, missing, {_STAMP}; setp.ne.b32 again, missing, 0;",
           # The warp goes on as one: threads that went on by themselves would
           # each take the time of what follows.
-          "setp.ne.b32 again, missing, 0;",
-          "vote.sync.any.pred again, again, 0xFFFFFFFF;",
-          "@again bra receive_${:uid};",
+          "vote.sync.any.pred any, again, 0xFFFFFFFF;",
+          "@any bra receive_${:uid};",
           *store,
           "}",
         ]

@@ -130,9 +130,10 @@ def _last_output(self, name, matmul, valid, block, stamp, norm=None):
   kernel.Cta.receive_x(self, name, matmul, valid, block, stamp, norm)
 
 
-def _norm_of_the_phase_before(self, b):
+def _norm_of_the_phase_before(self):
   # As if a fill had left the sum of squares as it was.
-  return kernel.Cta.inverse_rms(self, b) * jnp.float32(1.5)
+  norm = kernel.Cta.norm.fget(self)
+  return dataclasses.replace(norm, hidden_size=2 * norm.hidden_size)
 
 
 def _send_as(change):
@@ -402,7 +403,7 @@ _FAULTS = {
   ),
   "the norm before": _Fault(_FEW_KEYS, "logits", perturb=_other_norms),
   "the RMS of something else": _Fault(
-    _FEW_KEYS, "logits", _instead(inverse_rms=_norm_of_the_phase_before)
+    _FEW_KEYS, "logits", _instead(norm=property(_norm_of_the_phase_before))
   ),
   "a segment meets its neighbour's columns": _Fault(
     _FEW_KEYS, "logits", _products(lambda x: jnp.roll(x, 1, axis=1))
