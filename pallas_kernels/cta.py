@@ -134,13 +134,6 @@ class CtaBase:
     num_threads = self.team.num_threads
     return times.span(self.times, self.cta, self.phase, kind, num_threads)
 
-  def first_wg(self, body: Callable[[], None]) -> None:
-    """Lets the first compute warpgroup do something by itself."""
-    if self.plan.compute_wgs == 1:
-      body()
-    else:
-      pl.when(self.wg == 0)(body)
-
   def take_turns(self, count: Index, body: Callable[[Index], None]) -> None:
     """Calls `body` with the numbers below `count` that are this warpgroup's."""
     num_wgs = self.plan.compute_wgs

@@ -195,8 +195,7 @@ def apply_rope(
     num_turned: pairs that are turned, from the matrix's first one on.
   """
   what = ApplyRope(
-    *(sums.shape[0], team.num_threads),
-    *(norm, num_turned, cos_sin.shape[2]),
+    sums.shape[0], team.num_threads, norm, num_turned, cos_sin.shape[2]
   )
   refs = [sums, squares, cos_sin, results]
   threads.run(what, _emit_apply_rope, refs, [], [pair, start])

@@ -665,8 +665,8 @@ def _run_keep_best(
   kept = run.read(best, (0, 0), (2 * what.batch, GROUP_ROWS))
   most, at = np.split(kept, 2)
   better = (index < what.vocab_size) & (lane < num_rows) & (rows > most)
-  kept = [np.where(better, rows, most), np.where(better, index, at)]
-  run.write(best, (0, 0), np.concatenate(kept).astype(np.float32))
+  most, at = np.where(better, rows, most), np.where(better, index, at)
+  run.write(best, (0, 0), np.concatenate([most, at]).astype(np.float32))
 
 
 def _run_begin_best(
@@ -677,14 +677,14 @@ def _run_begin_best(
 ) -> None:
   del scalars
   (best,) = refs
-  begin = np.repeat(np.float32([-np.inf, what.vocab_size]), what.batch)
+  begin = np.repeat(np.array([-np.inf, what.vocab_size], "f4"), what.batch)
   run.write(best, (0, 0), np.tile(begin[:, None], best[2][1]))
 
 
-def _best(values: np.ndarray, indices: np.ndarray) -> tuple[float, float]:
+def _best(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
   """Returns the largest logit and its index, the lowest of equals."""
   most = values.max()
-  return most, indices[values == most].min()
+  return np.stack([most, indices[values == most].min()])
 
 
 def _run_send_best(
@@ -696,7 +696,7 @@ def _run_send_best(
   first, stamp = scalars
   best = run.read(refs[1], (0, 0), refs[1][2])
   for b in range(what.batch):
-    found = np.float32(_best(best[b], best[what.batch + b]))
+    found = _best(best[b], best[what.batch + b])
     words = first + (b + np.arange(2) * what.batch) * what.row_words
     run.words.send(words, found.view(np.uint32), stamp)
 

@@ -4,9 +4,9 @@ One CTA per SM, of one or two compute warpgroups and a memory warpgroup. The
 memory warpgroup streams this CTA's chunks of every matrix, and the keys and values
 it attends to, into a ring of shared-memory slots; it runs ahead of everything,
 bounded only by free slots. The compute warpgroups follow the same order and
-multiply: of two, each takes every other unit of weights and every other sequence's
-results, both receive activations, and the first one attends. They meet before one
-reads what the other has written.
+multiply: of two, each takes every other unit of weights, both receive activations
+and finish results, and the first one attends. They meet before one reads what the
+other has written.
 
 CTAs exchange activations through device memory, see `words`. Nothing else that
 is read is written before in the same launch: where the sequences stand is one

@@ -88,7 +88,7 @@ class MatmulPhases(Stream, Activations):
     """Multiplies one block of columns of a group's units."""
     per_unit = matmul.chunks_per_unit
     per_block = self.plan.block_chunks(matmul)
-    num_chunks = per_block
+    num_chunks: Index = per_block
     if per_unit % per_block:
       num_chunks = jnp.minimum(per_block, per_unit - block * per_block)
     with self.span("fill"):

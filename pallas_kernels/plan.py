@@ -130,12 +130,14 @@ class Plan:
   def x_tiles(self) -> int:
     """Of how many times 1,024 columns shared memory holds the activations.
 
-    What goes through a norm is there whole.
+    What goes through a norm is there whole, and all of what meets one chunk.
     """
+    matmuls = self.schedule.matmuls
     normed = self.schedule.qkv.cols // CHUNK_WIDTH
-    longest = max(m.cols for m in self.schedule.matmuls) // CHUNK_WIDTH
+    longest = max(m.cols for m in matmuls) // CHUNK_WIDTH
+    widest = max(m.tiles for m in matmuls)
     tile_bytes = self.batch * CHUNK_WIDTH * 2
-    return max(normed, min(longest, _X_BYTES // tile_bytes))
+    return max(normed, widest, min(longest, _X_BYTES // tile_bytes))
 
   def num_blocks(self, matmul: Matmul) -> int:
     """Into how many blocks a unit's chunks are cut, evenly."""

@@ -9,7 +9,8 @@ has what it found.
 # CTAs exchange too. Of each device, by the width D from which on it holds.
 _IN_FLIGHT = {
   "NVIDIA H100 80GB HBM3": {1: 2, 4096: 3},
-  # Not measured: as many more as its memory is faster at the same latency.
+  # 1B: 2 and 3 alike (bench/results/h200/tune). Wider ones are not measured: as many
+  # more as its memory is faster at the same latency.
   "NVIDIA H200": {1: 3, 4096: 4},
 }
 # Where a second warpgroup computes: D, padded to whole chunks, whether weights

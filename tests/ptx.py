@@ -25,7 +25,11 @@ class Array:
 
   def __init__(self, machine, values):
     values = np.ascontiguousarray(values)
-    self._machine, self._shape, self._dtype = machine, values.shape, values.dtype
+    self._machine, self._shape, self._dtype = (
+      machine,
+      values.shape,
+      values.dtype,
+    )
     self._begin = machine.allocate(values.tobytes())
 
   def plus(self, index, item_bytes):
@@ -149,7 +153,9 @@ class Machine:
     at = at + sum(int(x) for x in address[1:])
     dtype = np.dtype(f"u{size}")
     names = self._names(operands[0 if load else 1])
-    assert len(names) == int((re.search(r"\.v(\d)", ".".join(parts)) or "11")[1])
+    assert len(names) == int(
+      (re.search(r"\.v(\d)", ".".join(parts)) or "11")[1]
+    )
     assert (at[active] % (size * len(names)) == 0).all(), "not aligned"
     for n, name in enumerate(names):
       index = (at + n * size)[:, None] + np.arange(size)
@@ -199,7 +205,9 @@ class Machine:
       table, found = int(sources[3], 16), np.zeros(self.num_threads, u32)
       for n in range(8):
         if table >> n & 1:
-          bits = [x if n >> (2 - k) & 1 else ~x for k, x in enumerate((a, b, c))]
+          bits = [
+            x if n >> (2 - k) & 1 else ~x for k, x in enumerate((a, b, c))
+          ]
           found |= bits[0] & bits[1] & bits[2]
       return found
     values = [self._get(x, dtype) for x in sources]

@@ -61,10 +61,12 @@ def test_own_products_are_summed_up(batch, adds):
   what = fragments.StoreOwn(batch, GROUP_ROWS)
   machine.run(fragments._emit_store_own, what, sums, *held, 5, int(adds))
   r = np.arange(TILE)
-  own = np.stack([products[r, SEGMENTS * b + r % SEGMENTS] for b in range(batch)])
+  own = np.stack(
+    [products[r, SEGMENTS * b + r % SEGMENTS] for b in range(batch)]
+  )
   expected = before.copy()
-  expected[:, 40:48] = own.reshape(batch, 8, SEGMENTS).sum(2) + adds * (
-    before[:, 40:48]
+  expected[:, 40:48] = (
+    own.reshape(batch, 8, SEGMENTS).sum(2) + adds * (before[:, 40:48])
   )
   np.testing.assert_allclose(sums.value, expected, rtol=1e-5, atol=1e-6)
 
@@ -78,7 +80,12 @@ def test_results_are_added_to_the_residual_stream(batch, num_threads):
   results = machine.array(np.zeros((batch, GROUP_ROWS), bfloat16))
   what = finishing.AddResidual(batch, num_threads, 96)
   machine.run(
-    finishing._emit_add_residual, what, machine.array(rows), residual, results, 32
+    finishing._emit_add_residual,
+    what,
+    machine.array(rows),
+    residual,
+    results,
+    32,
   )
   expected = before.copy()
   expected[:, 32:] += rows
@@ -109,7 +116,9 @@ def test_queries_and_keys_are_turned_and_values_are_not(batch, num_threads):
     pair,
     start,
   )
-  x, y = np.split((rows * _scale(squares, 512)).reshape(batch, 32, 2), 2, axis=2)
+  x, y = np.split(
+    (rows * _scale(squares, 512)).reshape(batch, 32, 2), 2, axis=2
+  )
   x, y = x[..., 0], y[..., 0]
   cos, sin = cos_sin[:, :, start : start + 32].copy()
   cos[:, 10:], sin[:, 10:] = 1, 0
@@ -238,7 +247,7 @@ def _rows_of_x(x, sequences, columns):
 
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("sequences", [1, 2, 3, 8])
-@pytest.mark.parametrize("columns", [128, 384])
+@pytest.mark.parametrize("columns", [128, 256, 384])
 def test_words_are_received(columns, sequences, gained):
   machine = ptx.Machine(_THREADS)
   stamp = 3
@@ -286,7 +295,9 @@ def test_tokens_are_looked_up(sequences, unit_chunks, num_threads):
   columns = unit_chunks * CHUNK_COLS
   sequence_bytes = SEGMENTS * columns * 2
   own = 48
-  what = embedding.Embed(sequences, unit_chunks, sequence_bytes, own, num_threads)
+  what = embedding.Embed(
+    sequences, unit_chunks, sequence_bytes, own, num_threads
+  )
   table = _random(sequences, unit_chunks * TILE * 256).astype(bfloat16)
   gain = _random(2, SEGMENTS, columns, seed=1)
   squares = machine.array(np.zeros((sequences, num_threads // 32), np.float32))

@@ -293,14 +293,17 @@ def test_a_plan_without_room_for_a_ring_is_refused():
     make_plan(g, 8, 64, 1)
 
 
-def test_blocks_cover_every_chunk():
+@pytest.mark.parametrize(
+  "layer_format", [Format(), Format(8), Format(4, group=128)]
+)
+def test_blocks_cover_every_chunk(layer_format):
   for batch in (1, 3, 8):
     for g in _MODELS.values():
-      plan = make_plan(g, batch, 64, 132)
+      plan = make_plan(g, batch, 64, 132, layer_format=layer_format)
       for matmul in plan.schedule.matmuls:
         num_blocks = plan.num_blocks(matmul)
         per_block = plan.block_chunks(matmul)
-        assert per_block <= plan.x_tiles
+        assert per_block * matmul.tiles <= plan.x_tiles
         # As even as can be, and the last one is not empty.
         assert per_block == math.ceil(matmul.chunks_per_unit / num_blocks)
         assert (num_blocks - 1) * per_block < matmul.chunks_per_unit
