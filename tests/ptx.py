@@ -119,11 +119,12 @@ class Machine:
     names = self._names(target)
     values = value if isinstance(value, list) else [value]
     for name, x in zip(names, values, strict=True):
-      before = self.registers.get(name)
-      if before is None or active.all():
-        # An undefined register may be anything.
-        before = np.zeros(self.num_threads, x.dtype)
-      self.registers[name] = np.where(active, x, before.astype(x.dtype))
+      self.registers[name] = np.where(active, x, self._before(name, x.dtype))
+
+  def _before(self, name, dtype):
+    """Returns what a register holds; one that nothing was written to, all ones."""
+    nothing = np.full(self.num_threads, -1, np.int64)
+    return _as(self.registers.get(name, nothing), dtype)
 
   def _names(self, operand):
     return [x.strip() for x in operand.strip("{}").split(",")]
@@ -138,12 +139,7 @@ class Machine:
     else:
       value = self.registers[operand]
     value = np.broadcast_to(value, (self.num_threads,))
-    if value.dtype == dtype:
-      return value
-    if value.dtype == np.float32 or dtype == np.float32:
-      # Bits of one as the other.
-      return value.astype(_plain(value.dtype)).view(dtype)
-    return value.astype(dtype)
+    return _as(value, dtype)
 
   def _access(self, parts, operands, active):
     size = _SIZES[parts[-1]]
@@ -162,8 +158,9 @@ class Machine:
       if load:
         found = self.memory[np.where(active[:, None], index, 0)]
         found = np.ascontiguousarray(found).view(dtype)[:, 0]
-        before = self.registers.get(name, np.zeros_like(found))
-        self.registers[name] = np.where(active, found, before.astype(dtype))
+        self.registers[name] = np.where(
+          active, found, self._before(name, dtype)
+        )
         continue
       value = np.ascontiguousarray(self._get(name, _wide(size))).astype(dtype)
       data = value.view(np.uint8).reshape(-1, size)
@@ -258,8 +255,15 @@ class Machine:
     return self._get(sources[0], f32).astype(np.int32)
 
 
-def _plain(dtype):
-  return dtype if dtype.itemsize == 4 else np.dtype(np.uint32)
+def _as(value, dtype):
+  """Returns what a register holds as another type, bit by bit."""
+  if value.dtype == dtype or bool in (value.dtype, dtype):
+    return value.astype(dtype)
+  if value.dtype == np.float32:
+    value = np.ascontiguousarray(value).view(np.uint32)
+  if dtype == np.float32:
+    return value.astype(np.uint32).view(np.float32)
+  return value.astype(dtype)
 
 
 def _wide(size):

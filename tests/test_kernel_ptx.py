@@ -159,9 +159,11 @@ def test_the_largest_logits_are_kept_sent_and_chosen(batch, num_threads):
   vocab_size, num_ctas, row_words = 500, 40, 128
   squares = _random(batch, num_threads // 32, seed=1) ** 2
   logits = _random(batch, 512)
-  # Equals, of which the first counts; and what is no token is larger than all.
+  # Equals, of which the first counts. What is no token is larger than all and
+  # does not count,
   logits[:, 77] = logits[:, 300] = 50
-  logits[:, vocab_size:] = 100
+  # nor does what lies beyond the last group's rows.
+  logits[:, 472:] = 100
   best = machine.array(np.zeros((2 * batch, GROUP_ROWS), np.float32))
   begin = choosing.BeginBest(batch, vocab_size, num_threads)
   machine.run(choosing._emit_begin_best, begin, best)
@@ -285,6 +287,31 @@ def test_words_are_received(columns, sequences, gained):
   # The first of four, if it is too small or too large.
   expected[0, 1, 0] = np.nan
   np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("late", [0, 1, 100, 511])
+def test_words_that_have_not_come_are_waited_for(late):
+  machine = ptx.Machine(_THREADS)
+  values = np.zeros((1, SEGMENTS, 256), bfloat16)
+  bits = interpreter._stamped(values.view(np.uint64).ravel(), 4)
+  # The bit of the layer before.
+  bits[late] ^= np.uint64(1 << words.STAMP_BIT)
+  what = words.Receive(
+    num_sequences=1,
+    num_rows=SEGMENTS,
+    row_words=64,
+    source_stride=64,
+    sequence_words=SEGMENTS * 64,
+    masked=False,
+    target_stride=None,
+    sequence_bytes=0,
+    gained=False,
+    num_threads=_THREADS,
+  )
+  x, sent = machine.array(values), machine.array(bits)
+  scalars = [0, 0, 4, 0, 0, 0, 0]
+  with pytest.raises(AssertionError, match="words are missing"):
+    machine.run(words._emit_receive, (what,), sent, x, *scalars)
 
 
 @pytest.mark.parametrize("num_threads", [128, 256])
