@@ -1,9 +1,9 @@
 """Programs of single threads on what they hold of the results of `wgmma`.
 
 Thread t of a warpgroup holds of `[64, 8]` the rows r and r + 8 and the columns
-c and c + 1, where r is 16 (t / 32) + t % 32 / 4 and c is 2 (t % 4). What a thread
-makes of its own values costs neither shuffles nor shared memory, which sums and
-maxima of Pallas go through. Words are read and written as in `words`;
+c and c + 1, where r is 16 (t / 32) + t % 32 / 4 and c is 2 (t % 4). Most of what a
+thread makes of its own values costs neither shuffles nor shared memory, which sums
+and maxima of Pallas go through. Words are read and written as in `words`;
 `interpreter` runs what the programs mean.
 """
 

@@ -3,8 +3,8 @@
 Everything here leans on private parts of JAX 0.11; the kernel itself does not
 import this module. `install` adds to the interpreter:
 
-* the programs of `words` and `fragments`. Words order nothing but themselves, so the race
-  detector learns nothing from them;
+* the programs of `threads`. Words order nothing but themselves, so the race detector
+  learns nothing from them;
 * an error instead of a hang when a wait can not end;
 * `wgmma` operands as reads in the eyes of the race detector.
 
@@ -132,10 +132,7 @@ def install() -> None:
 def _install() -> None:
   jx = _private()
   interpreter = jx.interpreter.JaxprInterpreter
-  handlers: dict[Any, Callable[..., Any]] = {
-    jx.gpu_primitives.inline_mgpu_p: _interpret_words,
-    jx.gpu_primitives.load_p: _interpret_reshaped_load,
-  }
+  lacking = jx.gpu_primitives.inline_mgpu_p
   # The interpreter's one big `match` cannot be extended. An operation that it
   # lacks is handed to it as one that it has and no Hopper kernel uses, with the
   # real one inside.
@@ -146,7 +143,7 @@ def _install() -> None:
   def interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> Any:
     eqns = [
       eqn.replace(primitive=stand_in, params=dict(real=eqn))
-      if eqn.primitive in handlers and _is_lacking(eqn)
+      if eqn.primitive is lacking
       else eqn
       for eqn in jaxpr.eqns
     ]
@@ -158,7 +155,7 @@ def _install() -> None:
     real = eqn.params.get("real")
     if real is None:
       return real_stand_in(self, eqn, token, invals)
-    return handlers[real.primitive](self, real, token, invals())
+    return _interpret_words(self, real, token, invals())
 
   interpreter.interpret = interpret
   interpreter._interpret_try_cluster_cancel_p = interpret_stand_in
@@ -872,50 +869,6 @@ def _callback(fn: Callable[..., Any], results: Any, **kwargs: Any) -> Any:
     (jx.callbacks.TOKEN_SHAPE_DTYPE, results),
     **kwargs,
   )
-
-
-def _is_lacking(eqn: Any) -> bool:
-  """Whether the interpreter cannot do this operation by itself."""
-  jx = _private()
-  if eqn.primitive is not jx.gpu_primitives.load_p:
-    return True
-  transforms = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
-  return any(isinstance(t, jx.state_types.ReshapeTransform) for t in transforms)
-
-
-def _interpret_reshaped_load(
-  self: Any, eqn: Any, token: Any, invals: Sequence[Any]
-) -> Any:
-  """Loads what lies under a reshaped view, and takes from it afterwards."""
-  jx = _private()
-  var, transforms = (
-    eqn.invars[0],
-    jax.tree.unflatten(eqn.params["tree"], invals[1:]),
-  )
-  at = [isinstance(t, jx.state_types.ReshapeTransform) for t in transforms]
-  before = transforms[: at.index(True)]
-  key, resolved = jx.interpreter.resolve_ref(var.aval, invals[0], before)
-  token, value = jx.callbacks.call_get(
-    token=token,
-    result_shape_and_dtype=_view(var.aval, before),
-    mesh_location=self.mesh_location,
-    thread=self.thread,
-    allocation_key_as_array=key,
-    transforms=resolved,
-    source_info=eqn.source_info,
-  )
-  for transform in transforms[len(before) :]:
-    if isinstance(transform, jx.state_types.ReshapeTransform):
-      value = value.reshape(transform.shape)
-    else:
-      index = tuple(
-        slice(i.start, i.start + i.size)
-        if isinstance(i, jx.indexing.Slice)
-        else i
-        for i in transform.indices
-      )
-      value = value[index]
-  return token, [value]
 
 
 def _view(aval: Any, transforms: Sequence[Any]) -> jax.ShapeDtypeStruct:

@@ -85,10 +85,11 @@ class Cta(MatmulPhases, AttentionPhase):
       i = self.for_items(
         lambda item, i: self.attention_item(item, i, layer, stamp), i
       )
+      # Attention has done with what takes the place of x. Who has no rows of o meets
+      # too, since x is filled for other matrices.
+      self.team.meet()
 
       def fill_o(block: Index) -> None:
-        # Attention has done with what takes the place of x.
-        self.team.meet()
         self.receive_x("attended", s.o, g.attention_size, block, stamp)
 
       i = self.matmul(

@@ -1,4 +1,4 @@
-"""Types, register layouts and loops that all parts of the kernel use."""
+"""Types, a layout and loops that all parts of the kernel use."""
 
 from collections.abc import Callable
 from typing import Any

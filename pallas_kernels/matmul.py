@@ -266,8 +266,10 @@ class MatmulPhases(Stream, Activations):
     )
 
   def begin_choice(self) -> None:
-    """Says that no logit has come yet; a meeting is to follow."""
+    """Says that no logit has come yet."""
     choosing.begin_best(self.team, self.best, self.geometry.vocab_size)
+    # Who has no rows of the LM head sends this, and meets nobody until then.
+    self.team.meet()
 
   def finish_lm_head(self, row: Index, num_rows: Index) -> None:
     """Stores logits; keeps the largest of each lane."""

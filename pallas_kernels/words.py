@@ -38,7 +38,7 @@ from pallas_kernels.threads import F32_BYTES, PIECE_COLUMNS, Team, tiled_byte
 WORD_BYTES = 8
 # Payload of a word of bfloat16.
 _BF16_BYTES = 8
-# A pair of words is loaded at once; so many pairs are before any is looked at.
+# A pair of words is loaded at once; so many pairs at most before any is looked at.
 _MOST_IN_FLIGHT = 16
 # Likewise if they are of several sequences: more at a time only stand in the way
 # of what CTAs load whose words have come (bench/LOG.md).
@@ -413,122 +413,105 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
   norms = squares = None
   if what[0].gained:
     norms, squares, *args = args  # type: ignore[assignment]
-  targets, args = args[: len(what)], args[len(what) :]
-  norm, square, stamp, *numbers = args
-  places: dict[tuple[int, int], list[Any]] = {}
-  turns = []
+  targets, (norm, square, stamp) = args[: len(what)], args[len(what) :][:3]
+  numbers = args[len(what) + 3 :]
+  operands = [_bit_of(stamp)]
+  declare, load, check, store = [gains.SCRATCH], [], [], []
+  # Pairs of words of a thread: all are under way at once.
+  i = 0
   for n, (one, target) in enumerate(zip(what, targets, strict=True)):
     first, column, offset_bytes, valid = numbers[4 * n :][:4]
     # Without this, every thread has something to do in every turn.
     masked = one.masked or one.num_pairs % one.num_threads != 0
-    turns_of_one = threads.turns(one.num_pairs, one.num_threads, guarded=True)
-    for j, t in enumerate(turns_of_one):
+    for j, t in enumerate(
+      threads.turns(one.num_pairs, one.num_threads, guarded=True)
+    ):
+      inside, wants = "", ("", "")
       wants_a, wants_b, word, byte = one.place(0, t, column, valid)
-      places[n, j] = [
-        words.plus(first + word, WORD_BYTES),
-        target.plus(byte + offset_bytes, 1),
-        *((wants_a, wants_b, t < one.num_pairs) if masked else ()),
-      ]
-    turns += [
-      (n, one, sequence, j, t)
-      for sequence in range(one.num_sequences)
-      for j, t in enumerate(turns_of_one)
-    ]
-  for begin in range(0, len(turns), _MOST_IN_FLIGHT):
-    some = turns[begin : begin + _MOST_IN_FLIGHT]
-    operands = [_bit_of(stamp)]
-    declare, load, check, store = [gains.SCRATCH], [], [], []
-    sequences = sorted({sequence for _, _, sequence, _, _ in some})
-    if norms is not None:
-      one = what[0]
-      for j, t in sorted({turn[3]: turn[4] for turn in some}.items()):
+      there = t < one.num_pairs
+      if masked:
+        name, k = f"{n}_{j}", len(operands)
+        operands += [wants_a, wants_b, there]
+        declare.append(
+          f".reg .pred p{name}, q{name}, in{name};"
+          f" setp.ne.b32 p{name}, ${k}, 0; setp.ne.b32 q{name}, ${k + 1}, 0;"
+          f" setp.ne.b32 in{name}, ${k + 2}, 0;"
+        )
+        inside, wants = f"@in{name}", (f"@p{name}", f"@q{name}")
+      if norms is not None:
         if one.num_pairs % one.num_threads != 0:
           # Who has nothing to do reads the first weights.
-          t = t * (t < one.num_pairs)
+          t = t * there
         element = norm * (one.num_rows * one.row_words * 4) + t * PIECE_COLUMNS
         declare.append(gains.load_gain(j, len(operands)))
         operands.append(norms.plus(element, F32_BYTES))
-      for k in range(len(sequences)):
-        declare.append(f".reg .f32 ss{k}; mov.f32 ss{k}, 0f00000000;")
-    # Sequences differ by what is known here.
-    at_operand = {}
-    for key in sorted({(n, j) for n, _, _, j, _ in some}):
-      at_operand[key] = k = len(operands)
-      operands += places[key]
-      if len(places[key]) > 2:
-        name = "{}_{}".format(*key)
+      k = len(operands)
+      operands += [
+        words.plus(first + word, WORD_BYTES),
+        target.plus(byte + offset_bytes, 1),
+      ]
+      # Sequences differ by what is known here.
+      for sequence in range(one.num_sequences):
+        at = f"${k} + {sequence * one.sequence_words * WORD_BYTES}"
+        # What is never sent reads as zero.
         declare.append(
-          f".reg .pred p{name}, q{name}, in{name};"
-          f" setp.ne.b32 p{name}, ${k + 2}, 0;"
-          f" setp.ne.b32 q{name}, ${k + 3}, 0;"
-          f" setp.ne.b32 in{name}, ${k + 4}, 0;"
+          f".reg .b64 a{i}, b{i}; mov.b64 a{i}, 0; mov.b64 b{i}, 0;"
+          f" .reg .b32 w{i}_0, w{i}_1, w{i}_2, w{i}_3;"
         )
-    for i, (n, one, sequence, j, _) in enumerate(some):
-      k, name = at_operand[n, j], f"{n}_{j}"
-      masked = len(places[n, j]) > 2
-      word_bytes = sequence * one.sequence_words * WORD_BYTES
-      source = f"${k} + {word_bytes}"
-      declare.append(
-        f".reg .b64 a{i}, b{i}; .reg .b32 w{i}_0, w{i}_1, w{i}_2, w{i}_3;"
-      )
-      # What is never sent reads as zero.
-      declare.append(f"mov.b64 a{i}, 0; mov.b64 b{i}, 0;")
-      if masked:
-        load.append(
-          f"@p{name} ld.relaxed.gpu.global.b64 a{i}, [{source}];"
-          f" @q{name} ld.relaxed.gpu.global.b64 b{i}, [{source} + {WORD_BYTES}];"
-        )
-      else:
-        # Who has its words need not ask again for the others of its warp.
-        load.append(
-          f"@again ld.relaxed.gpu.global.v2.b64 {{a{i}, b{i}}}, [{source}];"
-        )
-      # missing | (word ^ stamp)
-      wants = (f"@p{name} ", f"@q{name} ") if masked else ("", "")
-      check += [
-        f"mov.b64 {{low, m}}, {word}{i};"
-        f" {want}lop3.b32 missing, missing, low, $0, 0xF6;"
-        for want, word in zip(wants, "ab", strict=True)
-      ]
-      store += [
-        f"mov.b64 {{w{i}_0, w{i}_1}}, a{i}; mov.b64 {{w{i}_2, w{i}_3}}, b{i};",
-        _take_out(f"w{i}_0"),
-        _take_out(f"w{i}_2"),
-      ]
-      if one.gained:
-        store.append(gains.apply_gain(i, j, sequences.index(sequence)))
-      store.append(
-        f"{f'@in{name} ' if masked else ''}st.shared.v4.b32"
-        f" [${k + 1} + {sequence * one.sequence_bytes}],"
-        f" {{w{i}_0, w{i}_1, w{i}_2, w{i}_3}};"
-      )
-    if squares is not None:
-      count = len(sequences)
-      store.append(gains.store_squares(count, len(operands)))
-      num_warps = what[0].num_threads // threads.WARP
-      operands += gains.squares_of(
-        squares,
-        square + sequences[0] * num_warps,
-        count,
-        what[0].num_threads,
-      )
-    mosaic.asm(
-      " ".join(
-        [
-          "{ .reg .pred again, any; .reg .b32 missing, low;",
-          *declare,
-          "setp.eq.u32 again, 0, 0;",
-          "receive_${:uid}: mov.b32 missing, 0;",
-          *load,
-          *check,
-          f"and.b32 missing, missing, {_STAMP}; setp.ne.b32 again, missing, 0;",
-          # The warp goes on as one: threads that went on by themselves would
-          # each take the time of what follows.
-          "vote.sync.any.pred any, again, 0xFFFFFFFF;",
-          "@any bra receive_${:uid};",
-          *store,
-          "}",
+        if masked:
+          load.append(
+            f"{wants[0]} ld.relaxed.gpu.global.b64 a{i}, [{at}];"
+            f" {wants[1]} ld.relaxed.gpu.global.b64 b{i}, [{at} + {WORD_BYTES}];"
+          )
+        else:
+          # Who has its words need not ask again for the others of its warp.
+          load.append(
+            f"@again ld.relaxed.gpu.global.v2.b64 {{a{i}, b{i}}}, [{at}];"
+          )
+        # missing | (word ^ stamp)
+        check += [
+          f"mov.b64 {{low, m}}, {half}{i};"
+          f" {want} lop3.b32 missing, missing, low, $0, 0xF6;"
+          for want, half in zip(wants, "ab", strict=True)
         ]
-      ),
-      *operands,
-    )
+        store += [
+          f"mov.b64 {{w{i}_0, w{i}_1}}, a{i}; mov.b64 {{w{i}_2, w{i}_3}}, b{i};",
+          _take_out(f"w{i}_0"),
+          _take_out(f"w{i}_2"),
+        ]
+        if norms is not None:
+          store.append(gains.apply_gain(i, j, sequence))
+        store.append(
+          f"{inside} st.shared.v4.b32"
+          f" [${k + 1} + {sequence * one.sequence_bytes}],"
+          f" {{w{i}_0, w{i}_1, w{i}_2, w{i}_3}};"
+        )
+        i += 1
+  if i > _MOST_IN_FLIGHT:
+    raise ValueError(f"{i} pairs of words are too many for a thread")
+  if squares is not None:
+    count = what[0].num_sequences
+    for n in range(count):
+      declare.append(f".reg .f32 ss{n}; mov.f32 ss{n}, 0f00000000;")
+    store.append(gains.store_squares(count, len(operands)))
+    operands += gains.squares_of(squares, square, count, what[0].num_threads)
+  mosaic.asm(
+    " ".join(
+      [
+        "{ .reg .pred again, any; .reg .b32 missing, low;",
+        *declare,
+        "setp.eq.u32 again, 0, 0;",
+        "receive_${:uid}: mov.b32 missing, 0;",
+        *load,
+        *check,
+        f"and.b32 missing, missing, {_STAMP}; setp.ne.b32 again, missing, 0;",
+        # The warp goes on as one: threads that went on by themselves would
+        # each take the time of what follows.
+        "vote.sync.any.pred any, again, 0xFFFFFFFF;",
+        "@any bra receive_${:uid};",
+        *store,
+        "}",
+      ]
+    ),
+    *operands,
+  )

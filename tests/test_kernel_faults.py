@@ -131,7 +131,7 @@ def _last_output(self, name, matmul, valid, block, stamp, norm=None):
 
 
 def _norm_of_the_phase_before(self):
-  # As if a fill had left the sum of squares as it was.
+  # As if the sum of squares were another one.
   norm = kernel.Cta.norm.fget(self)
   return dataclasses.replace(norm, hidden_size=2 * norm.hidden_size)
 

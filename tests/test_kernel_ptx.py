@@ -31,6 +31,8 @@ _RNG_SEED = 0
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _EPS = 1e-5
+# Less than the rows of the last group.
+_VOCAB_SIZE = 500
 
 
 def _random(*shape, seed=_RNG_SEED):
@@ -152,28 +154,41 @@ def test_gates_are_applied(batch, num_threads):
   assert not found[:, 32:].any()
 
 
+def _choose(machine, given, batch, num_ctas, row_words, stamp):
+  chosen = machine.array(np.full(batch, -1, np.int32))
+  what = choosing.Choose(
+    batch, num_ctas, row_words, _VOCAB_SIZE, machine.num_threads
+  )
+  machine.run(choosing._emit_choose, what, given, chosen, 0, stamp)
+  return chosen.value
+
+
+# In the first and in the second half of the lanes.
+@pytest.mark.parametrize("winner", [77, 100])
+@pytest.mark.parametrize("last_rows", [24, 64])
 @pytest.mark.parametrize("num_threads", [128, 256])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_the_largest_logits_are_kept_sent_and_chosen(batch, num_threads):
+def test_the_largest_logits_are_kept_sent_and_chosen(
+  batch, num_threads, last_rows, winner
+):
   machine = ptx.Machine(num_threads)
-  vocab_size, num_ctas, row_words = 500, 40, 128
+  num_ctas, row_words, stamp = 40, 128, 9
   squares = _random(batch, num_threads // 32, seed=1) ** 2
   logits = _random(batch, 512)
-  # Equals, of which the first counts. What is no token is larger than all and
-  # does not count,
-  logits[:, 77] = logits[:, 300] = 50
-  # nor does what lies beyond the last group's rows.
-  logits[:, 472:] = 100
+  # Equals of the same lane and of another, of which the first counts.
+  logits[:, [winner, winner + 64, 301]] = 50
+  logits[:, 7] = np.nan
+  # Larger than all are rows that are no tokens, or of no unit of this group.
+  logits[:, min(448 + last_rows, _VOCAB_SIZE) :] = 100
   best = machine.array(np.zeros((2 * batch, GROUP_ROWS), np.float32))
-  begin = choosing.BeginBest(batch, vocab_size, num_threads)
+  begin = choosing.BeginBest(batch, _VOCAB_SIZE, num_threads)
   machine.run(choosing._emit_begin_best, begin, best)
   results = machine.array(np.zeros((batch, GROUP_ROWS), np.float32))
   norm = _norm(squares, 512)
-  what = finishing.KeepBest(batch, num_threads, norm, vocab_size)
+  what = finishing.KeepBest(batch, num_threads, norm, _VOCAB_SIZE)
   squares_array = machine.array(squares)
-  # The last group has 24 rows only.
-  for row, num_rows in ((448, 24), *((n, 64) for n in range(0, 448, 64))):
-    rows = logits[:, row : row + 64]
+  for row in range(0, 512, GROUP_ROWS):
+    rows = logits[:, row : row + GROUP_ROWS]
     machine.run(
       finishing._emit_keep_best,
       what,
@@ -182,18 +197,17 @@ def test_the_largest_logits_are_kept_sent_and_chosen(batch, num_threads):
       results,
       best,
       row,
-      num_rows,
+      last_rows if row == 448 else GROUP_ROWS,
     )
     expected = rows * _scale(squares, 512)
     np.testing.assert_allclose(results.value, expected, rtol=1e-5)
-  stamp = 9
   sent = machine.array(np.zeros((2 * batch * row_words, 2), np.uint32))
   send = choosing.SendBest(batch, row_words, num_threads)
   machine.run(choosing._emit_send_best, send, sent, best, 3, stamp)
   found = sent.value.reshape(2, batch, row_words, 2)
   assert (found[:, :, 3, 1] == stamp).all()
   assert not np.delete(found, 3, axis=2).any()
-  assert (found[1, :, 3, 0].view(np.float32) == 77).all()
+  assert (found[1, :, 3, 0].view(np.float32) == winner).all()
   # Other CTAs have less, or as much of later tokens.
   others = np.zeros((2, batch, row_words, 2), np.uint32)
   others[..., 1] = stamp
@@ -201,26 +215,32 @@ def test_the_largest_logits_are_kept_sent_and_chosen(batch, num_threads):
   others[1, :, :, 0] = np.float32(400).view(np.uint32)
   others[:, :, 3] = found[:, :, 3]
   others[0, :, 39] = found[0, :, 3]
-  chosen = machine.array(np.full(batch, -1, np.int32))
-  choose = choosing.Choose(batch, num_ctas, row_words, vocab_size, num_threads)
   given = machine.array(others.reshape(-1, 2))
-  machine.run(choosing._emit_choose, choose, given, chosen, 0, stamp)
-  assert (chosen.value == 77).all()
+  chosen = _choose(machine, given, batch, num_ctas, row_words, stamp)
+  assert (chosen == winner).all()
+  # One that has not come.
+  others[1, batch - 1, 39, 1] -= 1
+  late = machine.array(others.reshape(-1, 2))
+  with pytest.raises(AssertionError, match="words are missing"):
+    _choose(machine, late, batch, num_ctas, row_words, stamp)
 
 
 def test_a_token_is_chosen_even_if_no_logit_is_a_number():
   machine = ptx.Machine(128)
-  batch, vocab_size, row_words = 1, 500, 128
+  batch, row_words = 1, 128
   best = machine.array(np.zeros((2, GROUP_ROWS), np.float32))
-  begin = choosing.BeginBest(batch, vocab_size, 128)
+  begin = choosing.BeginBest(batch, _VOCAB_SIZE, 128)
   machine.run(choosing._emit_begin_best, begin, best)
+  squares = np.ones((batch, 4), np.float32)
+  what = finishing.KeepBest(batch, 128, _norm(squares, 512), _VOCAB_SIZE)
+  rows = np.full((batch, GROUP_ROWS), np.nan, np.float32)
+  arrays = (machine.array(x) for x in (rows, squares, np.zeros_like(rows)))
+  machine.run(finishing._emit_keep_best, what, *arrays, best, 0, GROUP_ROWS)
   sent = machine.array(np.ones((2 * row_words, 2), np.uint32))
   send = choosing.SendBest(batch, row_words, 128)
   machine.run(choosing._emit_send_best, send, sent, best, 0, 1)
-  chosen = machine.array(np.full(batch, -1, np.int32))
-  choose = choosing.Choose(batch, 1, row_words, vocab_size, 128)
-  machine.run(choosing._emit_choose, choose, sent, chosen, 0, 1)
-  assert chosen.value.tolist() == [vocab_size - 1]
+  chosen = _choose(machine, sent, batch, 1, row_words, 1)
+  assert chosen.tolist() == [_VOCAB_SIZE - 1]
 
 
 @pytest.mark.parametrize("num_threads", [128, 256])
@@ -250,8 +270,12 @@ def _rows_of_x(x, sequences, columns):
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("sequences", [1, 2, 3, 8])
 @pytest.mark.parametrize("columns", [128, 256, 384])
-def test_words_are_received(columns, sequences, gained):
-  machine = ptx.Machine(_THREADS)
+@pytest.mark.parametrize("num_threads", [128, 256])
+def test_words_are_received(num_threads, columns, sequences, gained):
+  num_warps = num_threads // 32
+  # Of so many, a thread has at most 16 pairs of words.
+  sequences = min(sequences, 16 * num_threads // columns)
+  machine = ptx.Machine(num_threads)
   stamp = 3
   values = _random(sequences, SEGMENTS, columns).astype(bfloat16)
   values[0, 0, :4] = [0, np.inf, -np.inf, 1e-30]
@@ -260,7 +284,7 @@ def test_words_are_received(columns, sequences, gained):
   bits = interpreter._stamped(values.view(np.uint64).ravel(), stamp)
   gain = _random(2, SEGMENTS, columns, seed=1)
   x = machine.array(np.zeros((sequences, SEGMENTS, columns), bfloat16))
-  squares = machine.array(np.zeros((1 + sequences, _WARPS), np.float32))
+  squares = machine.array(np.zeros((1 + sequences, num_warps), np.float32))
   what = words.Receive(
     num_sequences=sequences,
     num_rows=SEGMENTS,
@@ -271,11 +295,11 @@ def test_words_are_received(columns, sequences, gained):
     target_stride=None,
     sequence_bytes=SEGMENTS * columns * 2,
     gained=gained,
-    num_threads=_THREADS,
+    num_threads=num_threads,
   )
   normed = [machine.array(gain), squares] if gained else []
   sent = machine.array(np.concatenate([np.zeros(6, np.uint64), bits]))
-  scalars = [1, _WARPS, stamp, 6, 0, 0, 0]
+  scalars = [1, num_warps, stamp, 6, 0, 0, 0]
   machine.run(words._emit_receive, (what,), sent, *normed, x, *scalars)
   expected = values.astype(np.float32)
   if gained:
@@ -287,6 +311,44 @@ def test_words_are_received(columns, sequences, gained):
   # The first of four, if it is too small or too large.
   expected[0, 1, 0] = np.nan
   np.testing.assert_array_equal(found, expected)
+
+
+# A block of columns of which some words are never sent: the next segments' last
+# ones, and all of a block beyond them.
+@pytest.mark.parametrize("column", [0, 32, 64])
+def test_what_is_never_sent_is_zero(column):
+  machine = ptx.Machine(_THREADS)
+  sequences, columns, stride = 2, 128, 80
+  # Of 8 segments of 80 words, 333 words are sent.
+  values = _random(sequences, SEGMENTS, 4 * stride).astype(bfloat16)
+  values = values.reshape(sequences, -1)
+  values[:, 4 * 333 :] = 0
+  bits = interpreter._stamped(values.view(np.uint64).ravel(), 1)
+  bits = bits.reshape(sequences, -1)
+  bits[:, 333:] = 0
+  what = words.Receive(
+    num_sequences=sequences,
+    num_rows=SEGMENTS,
+    row_words=columns // 4,
+    source_stride=stride,
+    sequence_words=SEGMENTS * stride,
+    masked=True,
+    target_stride=None,
+    sequence_bytes=SEGMENTS * columns * 2,
+    gained=False,
+    num_threads=_THREADS,
+  )
+  before = np.full((1 + sequences, SEGMENTS, columns), 7, bfloat16)
+  x, sent = machine.array(before), machine.array(bits)
+  offset_bytes = what.sequence_bytes
+  scalars = [0, 0, 1, 0, column, offset_bytes, 333]
+  machine.run(words._emit_receive, (what,), sent, x, *scalars)
+  padded = np.zeros((sequences, SEGMENTS, 1024), bfloat16)
+  padded[..., : 4 * stride] = values.reshape(sequences, SEGMENTS, -1)
+  expected = padded[..., 4 * column : 4 * column + columns]
+  found = _rows_of_x(x.value, 1 + sequences, columns)
+  np.testing.assert_array_equal(found[1:], expected)
+  assert (found[0] == 7).all()
 
 
 @pytest.mark.parametrize("late", [0, 1, 100, 511])
