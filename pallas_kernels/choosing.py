@@ -6,9 +6,8 @@ which holds them all.
 """
 
 import dataclasses
+import math
 from typing import Any
-
-import numpy as np
 
 from pallas_kernels import mosaic, threads
 from pallas_kernels.layouts import Index, Ref
@@ -133,52 +132,53 @@ def choose(
 # ---- what the threads do ---------------------------------------------------
 
 
-def _sequences(what: Any) -> list[tuple[int, Any, Any]]:
-  """Returns the number, the sequence, and whether it is one, of warps' turns."""
+def _sequences(what: Any) -> list[tuple[Any, Any]]:
+  """Returns the sequence of each of a warp's turns, and whether it is one."""
   num_warps = what.num_threads // WARP
-  turns = -(-what.batch // num_warps)
   warp = mosaic.thread_index(what.num_threads) // WARP
   found = []
-  for n in range(turns):
+  for n in range(-(-what.batch // num_warps)):
     b = warp + n * num_warps
     there = b < what.batch
     # Who has none takes the first, and stores nothing.
-    found.append((n, b * there, there))
+    found.append((b * there, there))
   return found
 
 
-def _take(n: int, value: str, index: str) -> str:
-  """Returns PTX that puts the better of two logits into `v{n}` and `i{n}`."""
+# The best so far is in v, its index in i.
+_SCRATCH = (
+  ".reg .pred q, r, again; .reg .b32 m, s; .reg .f32 v, i, other_v, other_i;"
+)
+
+
+def _take(value: str, index: str) -> str:
+  """Returns PTX that keeps the better of the best so far and another logit."""
   return (
-    f"setp.gt.f32 q, {value}, v{n}; setp.eq.f32 r, {value}, v{n};"
-    f" setp.lt.and.f32 r, {index}, i{n}, r; or.pred q, q, r;"
-    f" selp.f32 v{n}, {value}, v{n}, q; selp.f32 i{n}, {index}, i{n}, q;"
+    f"setp.gt.f32 q, {value}, v; setp.eq.f32 r, {value}, v;"
+    f" setp.lt.and.f32 r, {index}, i, r; or.pred q, q, r;"
+    f" selp.f32 v, {value}, v, q; selp.f32 i, {index}, i, q;"
   )
 
 
-def _of_warp(n: int) -> str:
+def _of_warp() -> str:
   """Returns PTX that gives all lanes the best of all."""
   return " ".join(
-    f"mov.b32 m, v{n}; shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
-    f" mov.b32 ov, m; mov.b32 m, i{n};"
-    f" shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF; mov.b32 oi, m;"
-    f" {_take(n, 'ov', 'oi')}"
+    f"{threads.exchange('other_v', 'v', distance)}"
+    f" {threads.exchange('other_i', 'i', distance)}"
+    f" {_take('other_v', 'other_i')}"
     for distance in (16, 8, 4, 2, 1)
   )
-
-
-_SCRATCH = ".reg .pred q, r, again; .reg .b32 m, s; .reg .f32 ov, oi;"
 
 
 def _emit_begin_best(what: BeginBest, best: Any) -> None:
   count = what.batch * GROUP_ROWS
   index_bytes = count * F32_BYTES
-  none = np.float32(what.vocab_size).view(np.uint32)
   for t in threads.turns(count, what.num_threads, guarded=True):
     mosaic.asm(
       "{ .reg .pred p; setp.ne.b32 p, $1, 0;"
-      " @p st.shared.f32 [$0], 0fFF800000;"
-      f" @p st.shared.f32 [$0 + {index_bytes}], 0f{none:08X}; }}",
+      f" @p st.shared.f32 [$0], {threads.f32(-math.inf)};"
+      f" @p st.shared.f32 [$0 + {index_bytes}],"
+      f" {threads.f32(what.vocab_size)}; }}",
       best.plus(t, F32_BYTES),
       t < count,
     )
@@ -189,15 +189,15 @@ def _emit_send_best(
 ) -> None:
   lane = mosaic.thread_index(what.num_threads) % WARP
   index_bytes = what.batch * GROUP_ROWS * F32_BYTES
-  for n, b, there in _sequences(what):
+  for b, there in _sequences(what):
     mosaic.asm(
-      f"{{ {_SCRATCH} .reg .f32 v{n}, i{n}, w, j; .reg .b64 x;"
-      f" ld.shared.f32 v{n}, [$0]; ld.shared.f32 i{n}, [$0 + {index_bytes}];"
+      f"{{ {_SCRATCH} .reg .f32 w, j; .reg .b64 x;"
+      f" ld.shared.f32 v, [$0]; ld.shared.f32 i, [$0 + {index_bytes}];"
       f" ld.shared.f32 w, [$0 + {WARP * F32_BYTES}];"
       f" ld.shared.f32 j, [$0 + {index_bytes + WARP * F32_BYTES}];"
-      f" {_take(n, 'w', 'j')} {_of_warp(n)} setp.ne.b32 q, $2, 0;"
-      f" mov.b64 x, {{v{n}, $3}}; @q st.relaxed.gpu.global.b64 [$1], x;"
-      f" mov.b64 x, {{i{n}, $3}}; @q st.relaxed.gpu.global.b64"
+      f" {_take('w', 'j')} {_of_warp()} setp.ne.b32 q, $2, 0;"
+      " mov.b64 x, {v, $3}; @q st.relaxed.gpu.global.b64 [$1], x;"
+      " mov.b64 x, {i, $3}; @q st.relaxed.gpu.global.b64"
       f" [$1 + {what.batch * what.row_words * WORD_BYTES}], x; }}",
       best.plus(b * GROUP_ROWS + lane, F32_BYTES),
       words.plus(first + b * what.row_words, WORD_BYTES),
@@ -212,8 +212,8 @@ def _emit_choose(
   lane = mosaic.thread_index(what.num_threads) % WARP
   turns = -(-what.num_ctas // WARP)
   index_bytes = what.batch * what.row_words * WORD_BYTES
-  for n, b, there in _sequences(what):
-    load, check, take = [], [], []
+  for b, there in _sequences(what):
+    declare, load, check, take = [], [], [], []
     operands = [stamp]
     for k in range(turns):
       cta = lane + k * WARP
@@ -221,29 +221,27 @@ def _emit_choose(
       # Who has no CTA left looks at the first one again.
       at = first + b * what.row_words + cta * real
       operands.append(words.plus(at, WORD_BYTES))
-      load.append(f".reg .b64 x{k}, y{k}; .reg .f32 w{k}, j{k};")
-      check.append(
+      declare.append(f".reg .b64 x{k}, y{k}; .reg .f32 w{k}, j{k};")
+      load.append(
         f"ld.relaxed.gpu.global.b64 x{k}, [${k + 1}];"
         f" ld.relaxed.gpu.global.b64 y{k}, [${k + 1} + {index_bytes}];"
       )
-      take.append(_take(n, f"w{k}", f"j{k}"))
-    seen = " ".join(
-      f"mov.b64 {{w{k}, s}}, x{k}; xor.b32 s, s, $0; or.b32 m, m, s;"
-      f" mov.b64 {{j{k}, s}}, y{k}; xor.b32 s, s, $0; or.b32 m, m, s;"
-      for k in range(turns)
-    )
-    last = np.float32(what.vocab_size - 1).view(np.uint32)
+      check.append(
+        f"mov.b64 {{w{k}, s}}, x{k}; xor.b32 s, s, $0; or.b32 m, m, s;"
+        f" mov.b64 {{j{k}, s}}, y{k}; xor.b32 s, s, $0; or.b32 m, m, s;"
+      )
+      take.append(_take(f"w{k}", f"j{k}"))
     at = len(operands)
     mosaic.asm(
-      f"{{ {_SCRATCH} .reg .f32 v{n}, i{n}; {' '.join(load)}"
-      f" choose_${{:uid}}: {' '.join(check)} mov.b32 m, 0; {seen}"
+      f"{{ {_SCRATCH} {' '.join(declare)}"
+      f" choose_${{:uid}}: {' '.join(load)} mov.b32 m, 0; {' '.join(check)}"
       " setp.ne.b32 again, m, 0;"
       # The warp goes on as one, see `words`.
       " vote.sync.any.pred again, again, 0xFFFFFFFF;"
       " @again bra choose_${:uid};"
-      f" mov.f32 v{n}, w0; mov.f32 i{n}, j0; {' '.join(take[1:])}"
-      f" {_of_warp(n)} min.f32 i{n}, i{n}, 0f{last:08X};"
-      f" max.f32 i{n}, i{n}, 0f00000000; cvt.rzi.s32.f32 s, i{n};"
+      f" mov.f32 v, w0; mov.f32 i, j0; {' '.join(take[1:])} {_of_warp()}"
+      f" min.f32 i, i, {threads.f32(what.vocab_size - 1)};"
+      f" max.f32 i, i, {threads.f32(0)}; cvt.rzi.s32.f32 s, i;"
       f" setp.ne.b32 q, ${at + 1}, 0; @q st.shared.b32 [${at}], s; }}",
       *operands,
       chosen.plus(b, F32_BYTES),

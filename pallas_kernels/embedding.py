@@ -178,9 +178,8 @@ def _emit_embed(
         residual.plus((b + k) * what.num_columns + t, F32_BYTES),
       ]
   load.append(".reg .b16 z;")
-  for k in range(what.num_sequences):
-    load.append(f".reg .f32 ss{k}; mov.f32 ss{k}, 0f00000000;")
   count = what.num_sequences
+  load.append(gains.begin_squares(count))
   store.append(gains.store_squares(count, len(operands)))
   operands += gains.squares_of(squares, square, count, what.num_threads)
   mosaic.asm(" ".join([*load, *store, "}"]), *operands)

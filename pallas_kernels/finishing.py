@@ -11,8 +11,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from pallas_kernels import mosaic, threads
 from pallas_kernels.layouts import Index, Ref
 from pallas_kernels.plan import GROUP_ROWS
@@ -39,20 +37,22 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
   """A group's rows and all sequences.
 
   Attributes:
     batch: B.
     num_threads: that finish.
+    norm: of the results, or None.
   """
 
   batch: int
   num_threads: int
+  norm: Norm | None
 
 
 @dataclasses.dataclass(frozen=True)
-class AddResidual(_Rows):
+class AddResidual(Rows):
   """Adds results to the residual stream, which is what is sent.
 
   Attributes:
@@ -63,41 +63,31 @@ class AddResidual(_Rows):
 
 
 @dataclasses.dataclass(frozen=True)
-class ApplyRope(_Rows):
+class ApplyRope(Rows):
   """Turns queries and keys; puts a group's even rows before its odd ones.
 
   Attributes:
-    norm: of the results.
     num_turned: pairs of rows that are turned, from the matrix's first one on.
     angles_stride: angles from sequence to sequence.
   """
 
-  norm: Norm
   num_turned: int
   angles_stride: int
 
 
 @dataclasses.dataclass(frozen=True)
-class ApplySwiglu(_Rows):
-  """Multiplies `silu` of even rows with odd ones.
-
-  Attributes:
-    norm: of the results.
-  """
-
-  norm: Norm
+class ApplySwiglu(Rows):
+  """Multiplies `silu` of even rows with odd ones."""
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepBest(_Rows):
+class KeepBest(Rows):
   """Stores logits; keeps the largest of each lane, the first of equals.
 
   Attributes:
-    norm: of the results.
     vocab_size: rows from there on are no tokens.
   """
 
-  norm: Norm
   vocab_size: int
 
 
@@ -166,7 +156,7 @@ def add_residual(
     results: `[B, 64]` bfloat16, what is there then.
     at: the group's first row in `residual`.
   """
-  what = AddResidual(*(sums.shape[0], team.num_threads), residual.shape[1])
+  what = AddResidual(sums.shape[0], team.num_threads, None, residual.shape[1])
   threads.run(what, _emit_add_residual, [sums, residual, results], [], [at])
 
 
@@ -213,7 +203,7 @@ def apply_swiglu(
     squares: see `apply_rope`.
     results: `[B, 64]` bfloat16, of which the first half is written.
   """
-  what = ApplySwiglu(*(sums.shape[0], team.num_threads), norm)
+  what = ApplySwiglu(sums.shape[0], team.num_threads, norm)
   threads.run(what, _emit_apply_swiglu, [sums, squares, results], [], [])
 
 
@@ -241,16 +231,12 @@ def keep_best(
     num_rows: how many rows it has.
     vocab_size: rows from there on are no tokens.
   """
-  what = KeepBest(*(sums.shape[0], team.num_threads), norm, vocab_size)
+  what = KeepBest(sums.shape[0], team.num_threads, norm, vocab_size)
   refs = [sums, squares, results, best]
   threads.run(what, _emit_keep_best, refs, [], [row, num_rows])
 
 
 # ---- what the threads do ---------------------------------------------------
-
-
-def _float(value: float) -> str:
-  return f"0f{np.float32(value).view(np.uint32):08X}"
 
 
 class _Program:
@@ -261,14 +247,14 @@ class _Program:
   `q{n}`.
   """
 
-  def __init__(self, what: _Rows, sums: Any, squares: Any = None):
+  def __init__(self, what: Rows, sums: Any, squares: Any = None):
     self.operands: list[Any] = []
     self.load: list[str] = []
     self.compute: list[str] = []
     self.store: list[str] = []
     # Of each turn: n, sequence and row.
     self.rows = []
-    norm = getattr(what, "norm", None)
+    norm = what.norm
     count = what.batch * GROUP_ROWS
     for n, t in enumerate(threads.turns(count, what.num_threads, guarded=True)):
       there = t < count
@@ -295,8 +281,8 @@ class _Program:
         )
       self.compute.append(
         " ".join(f"add.f32 {names[0]}, {names[0]}, {x};" for x in names[1:])
-        + f" fma.rn.f32 a{n}, {names[0]}, {_float(1 / norm.hidden_size)},"
-        f" {_float(norm.eps)}; rsqrt.approx.f32 a{n}, a{n};"
+        + f" fma.rn.f32 a{n}, {names[0]}, {threads.f32(1 / norm.hidden_size)},"
+        f" {threads.f32(norm.eps)}; rsqrt.approx.f32 a{n}, a{n};"
         f" mul.f32 y{n}, y{n}, a{n};"
       )
 
@@ -307,10 +293,7 @@ class _Program:
 
   def partner(self, n: int) -> str:
     """Returns PTX that puts the pair's other row into `o{n}`."""
-    return (
-      f"mov.b32 m{n}, y{n}; shfl.sync.bfly.b32 m{n}, m{n}, 1, 31, 0xFFFFFFFF;"
-      f" mov.b32 o{n}, m{n};"
-    )
+    return threads.exchange(f"o{n}", f"y{n}", 1, f"m{n}")
 
   def store_bf16(self, n: int, value: str, address: Any) -> None:
     """Stores a row's value, rounded."""
@@ -389,8 +372,8 @@ def _emit_apply_rope(
     )
     program.compute.append(
       f"setp.ne.b32 q{n}, {turned}, 0;"
-      f" selp.f32 cos{n}, cos{n}, {_float(1)}, q{n};"
-      f" selp.f32 sin{n}, sin{n}, {_float(0)}, q{n};"
+      f" selp.f32 cos{n}, cos{n}, {threads.f32(1)}, q{n};"
+      f" selp.f32 sin{n}, sin{n}, {threads.f32(0)}, q{n};"
       f" setp.ne.b32 q{n}, {is_odd}, 0; neg.f32 z{n}, sin{n};"
       f" selp.f32 sin{n}, sin{n}, z{n}, q{n};"
       f" {program.partner(n)}"
@@ -408,8 +391,8 @@ def _emit_apply_swiglu(
   for n, b, row in program.rows:
     is_odd = program.operand(row % 2)
     program.compute.append(
-      f"{program.partner(n)} mul.f32 z{n}, y{n}, {_float(-math.log2(math.e))};"
-      f" ex2.approx.ftz.f32 z{n}, z{n}; add.f32 z{n}, z{n}, {_float(1)};"
+      f"{program.partner(n)} mul.f32 z{n}, y{n}, {threads.f32(-math.log2(math.e))};"
+      f" ex2.approx.ftz.f32 z{n}, z{n}; add.f32 z{n}, z{n}, {threads.f32(1)};"
       f" rcp.approx.ftz.f32 z{n}, z{n}; mul.f32 z{n}, z{n}, y{n};"
       f" mul.f32 z{n}, z{n}, o{n};"
       f" setp.eq.and.b32 p{n}, {is_odd}, 0, p{n};"

@@ -349,8 +349,7 @@ def _emit_reduce(
   warp, lane = t // WARP, t % WARP
   op = f"{what.kind}.f32"
   steps = " ".join(
-    f"mov.b32 m, {x}; shfl.sync.bfly.b32 m, m, {distance}, 31, 0xFFFFFFFF;"
-    f" mov.b32 y, m; {op} {x}, {x}, y;"
+    f"{threads.exchange('y', x, distance)} {op} {x}, {x}, y;"
     for distance in (4, 8, 16)
     for x in "ab"
   )
@@ -393,12 +392,10 @@ def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:
   values = [f"s{n}" for n in range(2 * what.batch)]
   own_products = " ".join(
     f"selp.f32 s{n}, ${5 + 2 * n}, ${4 + 2 * n}, odd;"
-    f" selp.f32 s{n}, s{n}, 0f00000000, mine;"
+    f" selp.f32 s{n}, s{n}, {threads.f32(0)}, mine;"
     for n in range(len(values))
   )
-  lanes = threads.sums_lanes(len(values))
-  n = lane // lanes
-  there = (lane % lanes < 1) & (n < len(values))
+  n, there = threads.sum_of_lane(lane, len(values))
   place = n // 2 * what.row_values + u * UNIT_ROWS + warp * 2 + n % 2
   num = len(products)
   mosaic.asm(

@@ -42,6 +42,13 @@ def apply_gain(n: int, gain: int, sequence: int) -> str:
   )
 
 
+def begin_squares(count: int) -> str:
+  """Returns PTX that declares so many sums of squares, from `ss0` on."""
+  return " ".join(
+    f".reg .f32 ss{k}; mov.f32 ss{k}, {threads.f32(0)};" for k in range(count)
+  )
+
+
 def store_squares(count: int, operand: int) -> str:
   """Returns PTX that sums `ss0` and those after it over the warp, and stores them.
 
@@ -69,10 +76,6 @@ def squares_of(
   """
   t = mosaic.thread_index(num_threads)
   warp, lane = t // WARP, t % WARP
-  lanes = threads.sums_lanes(count)
-  sequence = lane // lanes
+  sequence, there = threads.sum_of_lane(lane, count)
   index = square + warp + sequence * (num_threads // WARP)
-  return (
-    squares.plus(index, F32_BYTES),
-    (lane % lanes < 1) & (sequence < count),
-  )
+  return squares.plus(index, F32_BYTES), there

@@ -571,10 +571,12 @@ def _run_store_own(
     run.write(sums, (b, at), own)
 
 
-def _rows_of(what: Any, run: _Threads, refs: Sequence[Any]) -> np.ndarray:
+def _rows_of(
+  what: finishing.Rows, run: _Threads, refs: Sequence[Any]
+) -> np.ndarray:
   """Returns a group's results `[B, 64]`, normed if they are to be."""
   rows = run.read(refs[0], (0, 0), (what.batch, GROUP_ROWS))
-  norm = getattr(what, "norm", None)
+  norm = what.norm
   if norm is None:
     return rows
   squares = run.read(refs[1], (0,), (what.batch * norm.num_warps,))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
@@ -64,6 +65,27 @@ def turns(
   return [t + i * num_threads for i in range(-(-count // num_threads))]
 
 
+def f32(value: float) -> str:
+  """Returns a float32 in PTX."""
+  return f"0f{np.float32(value).view(np.uint32):08X}"
+
+
+def exchange(target: str, value: str, distance: int, bits: str = "m") -> str:
+  """Returns PTX that takes a float32 register of the lane so far away.
+
+  Args:
+    target: where it goes.
+    value: the register.
+    distance: the other lane's number is this one's xor that.
+    bits: a register of 32 bits for it on its way.
+  """
+  return (
+    f"mov.b32 {bits}, {value};"
+    f" shfl.sync.bfly.b32 {bits}, {bits}, {distance}, 31, 0xFFFFFFFF;"
+    f" mov.b32 {target}, {bits};"
+  )
+
+
 # What `warp_sums` uses beside the values.
 SUMS_SCRATCH = (
   ".reg .pred upper; .reg .b32 lane, bits; .reg .f32 keep, pass;"
@@ -71,9 +93,16 @@ SUMS_SCRATCH = (
 )
 
 
-def sums_lanes(count: int) -> int:
+def _sums_lanes(count: int) -> int:
   """Returns how many lanes have the same one of so many sums."""
   return WARP >> (count - 1).bit_length()
+
+
+def sum_of_lane(lane: Any, count: int) -> tuple[Any, Any]:
+  """Returns which of so many sums a lane has, and whether it is to store it."""
+  lanes = _sums_lanes(count)
+  n = lane // lanes
+  return n, (lane % lanes < 1) & (n < count)
 
 
 def warp_sums(values: Sequence[str]) -> str:
@@ -81,20 +110,11 @@ def warp_sums(values: Sequence[str]) -> str:
 
   In each of the first steps, lanes hand half of their values on and keep the other
   half, so that about as many go from lane to lane as there are sums, and not five
-  times as many. Lane n then has that of number `n // sums_lanes(count)` in the first
-  register, if there is one of that number.
+  times as many. The first register then holds what `sum_of_lane` says.
   """
-  num, distance = WARP // sums_lanes(len(values)), WARP // 2
-  names: list[str] = [*values, *["0f00000000"] * (num - len(values))]
+  num, distance = WARP // _sums_lanes(len(values)), WARP // 2
+  names: list[str] = [*values, *[f32(0)] * (num - len(values))]
   code = []
-
-  def get(value: str) -> str:
-    return (
-      f"mov.b32 bits, {value};"
-      f" shfl.sync.bfly.b32 bits, bits, {distance}, 31, 0xFFFFFFFF;"
-      " mov.b32 pass, bits;"
-    )
-
   while num > 1:
     num //= 2
     code.append(f"and.b32 bits, lane, {distance}; setp.ne.u32 upper, bits, 0;")
@@ -102,11 +122,15 @@ def warp_sums(values: Sequence[str]) -> str:
       code.append(
         f"selp.f32 pass, {low}, {high}, upper;"
         f" selp.f32 keep, {high}, {low}, upper;"
-        f" {get('pass')} add.f32 {low}, keep, pass;"
+        f" {exchange('pass', 'pass', distance, 'bits')}"
+        f" add.f32 {low}, keep, pass;"
       )
     names, distance = names[:num], distance // 2
   while distance:
-    code.append(f"{get(names[0])} add.f32 {names[0]}, {names[0]}, pass;")
+    code.append(
+      f"{exchange('pass', names[0], distance, 'bits')}"
+      f" add.f32 {names[0]}, {names[0]}, pass;"
+    )
     distance //= 2
   return " ".join(code)
 

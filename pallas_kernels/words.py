@@ -491,8 +491,7 @@ def _emit_receive(what: tuple[Receive, ...], words: Any, *args: Any) -> None:
     raise ValueError(f"{i} pairs of words are too many for a thread")
   if squares is not None:
     count = what[0].num_sequences
-    for n in range(count):
-      declare.append(f".reg .f32 ss{n}; mov.f32 ss{n}, 0f00000000;")
+    declare.append(gains.begin_squares(count))
     store.append(gains.store_squares(count, len(operands)))
     operands += gains.squares_of(squares, square, count, what[0].num_threads)
   mosaic.asm(

@@ -80,7 +80,7 @@ def test_results_are_added_to_the_residual_stream(batch, num_threads):
   rows, before = _random(batch, GROUP_ROWS), _random(batch, 96, seed=1)
   residual = machine.array(before)
   results = machine.array(np.zeros((batch, GROUP_ROWS), bfloat16))
-  what = finishing.AddResidual(batch, num_threads, 96)
+  what = finishing.AddResidual(batch, num_threads, None, 96)
   machine.run(
     finishing._emit_add_residual,
     what,
