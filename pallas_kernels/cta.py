@@ -106,21 +106,25 @@ class CtaBase:
         self.next_progress[row, b] = self.progress[row, b]
     self.tick(0)
 
-  def proceed(self, b: int, chosen: Index) -> None:
-    """Takes a sequence to its next token."""
+  def standing(self) -> list[tuple[Index, Index, Index]]:
+    """Reads of each sequence the token, its position, and whether it is active."""
+    return [
+      (self.token_ids[b], self.positions[b], self.active[b])
+      for b in range(self.plan.batch)
+    ]
+
+  def proceed(
+    self, b: int, before: tuple[Index, Index, Index], chosen: Index
+  ) -> None:
+    """Takes a sequence to its next token from where it stood."""
     token_id, position, active = advance(
-      self.token_ids[b],
-      self.positions[b],
-      self.active[b],
-      chosen,
-      self.plan.capacity,
-      self.eos_token_ids,
+      *before, chosen, self.plan.capacity, self.eos_token_ids
     )
     self.next_progress[TOKEN_IDS, b] = token_id
     self.next_progress[POSITIONS, b] = position
     self.next_progress[ACTIVE, b] = active
 
-    @pl.when(self.active[b] > 0)
+    @pl.when(before[-1] > 0)
     def _() -> None:
       self.emitted[self.step, b] = chosen
 

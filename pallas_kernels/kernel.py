@@ -204,9 +204,18 @@ def make_step(
     wg = lax.axis_index("wg")
     goes_on = cta.goes_on()
 
+    def produce(warp: Index) -> None:
+      @pl.when(warp == 0)
+      def _() -> None:
+        cta.produce()
+
     @pl.when((wg == plan.compute_wgs) & goes_on)
     def _memory_wg() -> None:
-      cta.produce()
+      if interpret is None:
+        # One warp loads: four would meet for each load, and arrive four times.
+        plgpu.warp_map(produce)
+      else:
+        cta.produce()
 
     @pl.when((wg < plan.compute_wgs) & goes_on)
     def _compute_wg() -> None:

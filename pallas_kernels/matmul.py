@@ -16,7 +16,6 @@ from pallas_kernels.layouts import F32, I32, Index, Ref, fori
 from pallas_kernels.plan import GROUP_ROWS, GROUP_UNITS, PHASE_OF
 from pallas_kernels.schedule import Matmul
 from pallas_kernels.stream import Stream
-from pallas_kernels.threads import ALONE
 
 
 class MatmulPhases(Stream, Activations):
@@ -299,10 +298,12 @@ class MatmulPhases(Stream, Activations):
       row_words=row_words,
     )
 
-    @pl.when((self.cta == 0) & (self.wg == 0))
+    @pl.when(self.cta == 0)
     def _() -> None:
+      # Nobody waits for these one after the other, nor when all have come.
+      before = self.standing()
       choosing.choose(
-        ALONE,
+        self.team,
         self.words,
         first,
         self.chosen,
@@ -311,7 +312,11 @@ class MatmulPhases(Stream, Activations):
         row_words=row_words,
         vocab_size=g.vocab_size,
       )
-      ALONE.meet()
-      for b in range(plan.batch):
-        self.proceed(b, self.chosen[b])
-      self.tick(1)
+      self.team.meet()
+
+      @pl.when(self.wg == 0)
+      def _() -> None:
+        chosen = [self.chosen[b] for b in range(plan.batch)]
+        for b in range(plan.batch):
+          self.proceed(b, before[b], chosen[b])
+        self.tick(1)

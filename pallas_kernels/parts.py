@@ -27,10 +27,12 @@ class Part:
     head_dim: H.
     group: G, queries of the head; in pairs, and the odd one's partner is sent
       along.
+    splits: of a head; as many parts but for the first, which is not sent.
   """
 
   head_dim: int
   group: int
+  splits: int
 
   @property
   def pairs(self) -> int:
@@ -55,7 +57,8 @@ class Part:
   @property
   def at_once(self) -> int:
     """Parts of which the words are loaded, and weighed, together."""
-    return _MOST_IN_FLIGHT // (_VALUES * (1 + self.blocks))
+    most = _MOST_IN_FLIGHT // (_VALUES * (1 + self.blocks))
+    return max(1, min(most, self.splits - 1))
 
   def most(self, col: Any) -> Any:
     """Returns the word of a query's largest score."""

@@ -77,6 +77,7 @@ class Plan:
     capacity: S.
     num_ctas: P.
     in_flight: chunks that a CTA has asked memory for at most, see `tuning`.
+    head_in_flight: likewise of the LM head, once it is being multiplied.
     compute_wgs: warpgroups of a CTA that compute.
   """
 
@@ -86,6 +87,7 @@ class Plan:
   capacity: int
   num_ctas: int
   in_flight: int
+  head_in_flight: int
   compute_wgs: int
 
   @property
@@ -114,7 +116,7 @@ class Plan:
   @property
   def part(self) -> Part:
     """How CTAs send what they make of a part of a head's keys."""
-    return Part(self.geometry.head_dim, self.geometry.group)
+    return Part(self.geometry.head_dim, self.geometry.group, self.splits)
 
   @property
   def embedding(self) -> Matmul:
@@ -247,7 +249,8 @@ def make_plan(
       layer_format.bits, geometry.padded_hidden_size, batch
     )
   plan = Plan(
-    *(geometry, schedule, batch, capacity, num_ctas, in_flight, compute_wgs)
+    *(geometry, schedule, batch, capacity, num_ctas),
+    *(in_flight, tuning.head_in_flight(device_kind), compute_wgs),
   )
   if plan.num_slots < MIN_SLOTS:
     raise UnsupportedError(

@@ -174,11 +174,16 @@ def split_of(position: Any, split: Any, most: int) -> tuple[Any, Any, Any, Any]:
     `(first, last + 1, number of tiles, number of splits)`; first is not below
     last + 1 if there is nothing for this split.
   """
+
+  def divide_up(x: Any, y: Any) -> Any:
+    # A warp by itself knows no negative numbers.
+    return (x + y - 1) // y
+
   tiles = position // TILE + 1
-  fewest = -(-tiles // most)
-  most_tiles = -(-fewest // TILES_AT_ONCE) * TILES_AT_ONCE
-  per_split = -(-tiles // -(-tiles // most_tiles))
-  num_splits = -(-tiles // per_split)
+  fewest = divide_up(tiles, most)
+  most_tiles = divide_up(fewest, TILES_AT_ONCE) * TILES_AT_ONCE
+  per_split = divide_up(tiles, divide_up(tiles, most_tiles))
+  num_splits = divide_up(tiles, per_split)
   first = split * per_split
   end = _minimum(first + per_split, tiles)
   return first, end, tiles, num_splits

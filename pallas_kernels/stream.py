@@ -29,14 +29,16 @@ class Place(NamedTuple):
     i: index of the next chunk.
     users: which compute warpgroup takes the chunks before, a bit of each: that of
       chunk `i - 1 - n` in bit n.
+    seen: how many chunks have been seen to come.
   """
 
   i: Index
   users: Index
+  seen: Index
 
-  def next(self, user: Index) -> "Place":
+  def next(self, user: Index, seen: Index) -> "Place":
     """Returns the place after a chunk that `user` takes."""
-    return Place(self.i + 1, (self.users << 1) | user)
+    return Place(self.i + 1, (self.users << 1) | user, seen)
 
   def user(self, before: Index) -> Index:
     """Returns who takes the chunk so many before the next one."""
@@ -52,8 +54,16 @@ class Stream(CtaBase):
       return self.produced.at[slot]
     return self.produced.at[user * self.plan.num_slots + slot]
 
-  def acquire(self, place: Place) -> Index:
-    """Waits for the slot of the stream's next chunk and returns it."""
+  def acquire(self, place: Place, in_flight: Index) -> tuple[Index, Index]:
+    """Waits until the stream's next chunk may be loaded.
+
+    Args:
+      place: where in the stream.
+      in_flight: how many chunks may then be under way.
+
+    Returns:
+      Its slot, and how many chunks have been seen to come.
+    """
     i = place.i
     slot = self.slot(i)
 
@@ -66,43 +76,78 @@ class Stream(CtaBase):
 
     # Nor are more chunks asked for than it takes to keep memory busy: what is
     # asked for later, by this CTA or another, waits behind them, and the words
-    # that CTAs exchange are among it. An earlier chunk has arrived.
-    if self.plan.in_flight < self.plan.num_slots:
+    # that CTAs exchange are among it. Earlier chunks have arrived.
+    # Nor may a slot be loaded again before that has been seen.
+    in_flight = jnp.minimum(in_flight, self.plan.num_slots)
+    too_many = i - place.seen >= in_flight
 
-      @pl.when(i >= self.plan.in_flight)
-      def _() -> None:
-        earlier = lax.rem(i - self.plan.in_flight, I32(self.plan.num_slots))
-        user = place.user(self.plan.in_flight)
-        plgpu.barrier_wait(self.come(earlier, user))
+    @pl.when(too_many)
+    def _() -> None:
+      self.see(place, place.seen)
 
-    return slot
+    return slot, place.seen + too_many.astype(I32)
+
+  def see(self, place: Place, j: Index) -> None:
+    """Waits until chunk j has come; it was loaded before `place`."""
+    plgpu.barrier_wait(self.come(self.slot(j), place.user(place.i - j)))
 
   def load_halves(
-    self, place: Place, upper: Ref, lower: Ref, user: Index = 0
+    self,
+    place: Place,
+    upper: Ref,
+    lower: Ref,
+    user: Index,
+    in_flight: Index,
+    wanted: Index | None = None,
   ) -> Place:
-    """Loads two `[64, 64]` into the next slot; returns the next place."""
-    slot = self.acquire(place)
+    """Loads two `[64, 64]` into the next slot, or the first half of their rows.
+
+    Args:
+      place: where in the stream.
+      upper: what the slot's first rows get.
+      lower: what the others get.
+      user: which compute warpgroup takes it.
+      in_flight: see `acquire`.
+      wanted: how many of the 64 rows are wanted at least; None for all.
+
+    Returns:
+      The next place.
+    """
+    slot, seen = self.acquire(place, in_flight)
     half = CHUNK_ROWS // 2
-    for j, source in enumerate((upper, lower)):
-      plgpu.copy_gmem_to_smem(
-        source,
-        self.ring.at[slot, pl.ds(j * half, half)],
-        self.come(slot, user),
-      )
-    return place.next(user)
+
+    def load(num_rows: int) -> None:
+      for j, source in enumerate((upper, lower)):
+        plgpu.copy_gmem_to_smem(
+          source.at[pl.ds(0, num_rows)],
+          self.ring.at[slot, pl.ds(j * half, num_rows)],
+          self.come(slot, user),
+        )
+
+    if wanted is None:
+      load(half)
+    else:
+      pl.when(wanted <= half // 2)(lambda: load(half // 2))
+      pl.when(wanted > half // 2)(lambda: load(half))
+    return place.next(user, seen)
 
   def load_codes(
-    self, place: Place, codes: Ref, scales: Ref, user: Index
+    self,
+    place: Place,
+    codes: Ref,
+    scales: Ref,
+    user: Index,
+    in_flight: Index,
   ) -> Place:
     """Loads codes and their scales into the next slot; returns the next place."""
-    slot = self.acquire(place)
+    slot, seen = self.acquire(place, in_flight)
     targets = (
       self.ring.at[slot, pl.ds(0, codes.shape[0])],
       self.scales.at[slot, pl.ds(0, scales.shape[0])],
     )
     for source, target in zip((codes, scales), targets, strict=True):
       plgpu.copy_gmem_to_smem(source, target, self.come(slot, user))
-    return place.next(user)
+    return place.next(user, seen)
 
   def stream_weights(
     self, place: Place, matmul: Matmul, layer: Index | None = None
@@ -121,6 +166,7 @@ class Stream(CtaBase):
     self.phase = PHASE_OF[matmul.name]
     _, count = self.runs[matmul.name]
     half, per_unit = CHUNK_ROWS // 2, matmul.chunks_per_unit
+    begin = place.i
     per_block = plan.block_chunks(matmul)
 
     def operand(kind: str) -> Ref:
@@ -133,11 +179,26 @@ class Stream(CtaBase):
     def load(j: Index, place: Place) -> Place:
       # Groups begin with the first warpgroup's turn.
       user = lax.rem(j // per_unit, I32(plan.compute_wgs))
+      in_flight = I32(plan.in_flight)
+      if layer is None:
+        # A chunk has been freed, so that its input has come, and there is no
+        # other for anybody to wait for.
+        in_flight = jnp.where(
+          place.i - begin < plan.num_slots,
+          in_flight,
+          I32(plan.head_in_flight),
+        )
       chunk = packed.at[self.cta, j]
       if scales is not None:
-        return self.load_codes(place, chunk, scales.at[self.cta, j], user)
+        return self.load_codes(
+          place, chunk, scales.at[self.cta, j], user, in_flight
+        )
       return self.load_halves(
-        place, chunk.at[pl.ds(0, half)], chunk.at[pl.ds(half, half)], user
+        place,
+        chunk.at[pl.ds(0, half)],
+        chunk.at[pl.ds(half, half)],
+        user,
+        in_flight,
       )
 
     if plan.num_blocks(matmul) == 1:
@@ -165,26 +226,31 @@ class Stream(CtaBase):
   def stream_keys_and_values(self, place: Place, layer: Index) -> Place:
     """Streams the tiles of keys and values that this CTA attends to.
 
-    A slot holds 64 keys and their values, or with wide heads one of both.
+    A slot holds 64 keys and their values, or with wide heads one of both. Of the
+    last tile, keys beyond the new one are masked and values there are cleared,
+    whatever they are: half a tile is enough if that has all that come before.
     """
     g = self.geometry
     self.phase = ATTENTION
 
     def item_tiles(item: Index, place: Place) -> Place:
       b, head, split = self.item(item)
-      first, end, _, _ = split_of(self.positions[b], split, self.plan.splits)
+      position = self.positions[b]
+      first, end, _, _ = split_of(position, split, self.plan.splits)
 
       def tile(t: Index, place: Place) -> Place:
         k, v = (
           cache.at[layer, b, head, pl.ds(t * TILE, TILE)]
           for cache in (self.k_cache, self.v_cache)
         )
+        in_flight = self.plan.in_flight
+        # Those of the tile that come before the new one.
+        wanted = position - t * TILE
         if g.head_dim == TILE:
-          return self.load_halves(place, k, v)
+          return self.load_halves(place, k, v, 0, in_flight, wanted)
         for x in (k, v):
-          place = self.load_halves(
-            place, x.at[:, pl.ds(0, TILE)], x.at[:, pl.ds(TILE, TILE)]
-          )
+          left, right = (x.at[:, pl.ds(n * TILE, TILE)] for n in range(2))
+          place = self.load_halves(place, left, right, 0, in_flight, wanted)
         return place
 
       return lax.fori_loop(first, jnp.maximum(first, end), tile, place)
@@ -203,20 +269,16 @@ class Stream(CtaBase):
       return place
 
     place = lax.fori_loop(
-      0, self.num_layers, layer_stream, Place(I32(0), I32(0))
+      0, self.num_layers, layer_stream, Place(I32(0), I32(0), I32(0))
     )
     place = self.stream_weights(place, s.lm_head)
     i = place.i
-
     # Every completion of a barrier must be awaited.
-    def come(j: Index) -> None:
-      plgpu.barrier_wait(self.come(self.slot(j), place.user(i - j)))
+    fori(place.seen, i, lambda j: self.see(place, j))
 
     def consumed(j: Index) -> None:
       plgpu.barrier_wait(self.consumed.at[self.slot(j)])
 
-    if plan.in_flight < plan.num_slots:
-      fori(jnp.maximum(i - plan.in_flight, 0), i, come)
     fori(jnp.maximum(i - plan.num_slots, 0), i, consumed)
 
   def slot(self, i: Index) -> Index:

@@ -266,8 +266,8 @@ def _shift_choice(self, stamp):
 def _stay(row):
   """Leaves a row of `progress` as it was."""
 
-  def proceed(self, b, chosen):
-    kernel.Cta.proceed(self, b, chosen)
+  def proceed(self, b, before, chosen):
+    kernel.Cta.proceed(self, b, before, chosen)
     self.next_progress[row, b] = self.progress[row, b]
 
   return _instead(proceed=proceed)
@@ -433,7 +433,7 @@ _FAULTS = {
     _LAST_SLOT, "activity", _in("proceed", None, plan=_one_slot_more)
   ),
   "what is idle goes on": _Fault(
-    _IDLE, "kept ids", _in("proceed", None, active=lambda x: _Plus(x, 1))
+    _IDLE, "kept ids", _in("standing", None, active=lambda x: _Plus(x, 1))
   ),
   "tokens go to the first step's row": _Fault(
     _FEW_KEYS, "emitted", _in("proceed", None, step=lambda x: x - 1)

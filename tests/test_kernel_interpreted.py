@@ -118,7 +118,7 @@ def test_rounds_are_shorter_where_the_ring_is(geometry, at_once, monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", range(1, 9))
 def test_the_words_of_a_part_are_all_different(head_dim, group):
-  part = Part(head_dim, group)
+  part = Part(head_dim, group, 16)
   row, col = np.mgrid[:64, : 2 * part.pairs]
   found = [part.most(col[0]), part.total(col[0])]
   found += [part.value(n, row, col).ravel() for n in range(part.blocks)]
