@@ -65,6 +65,7 @@ def _run(
       k,
       v,
       ref,
+      with_logits=False,
     )
     if ref is not None:
       counted = counted + jax.freeze(ref)

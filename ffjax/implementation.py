@@ -164,6 +164,7 @@ def _fused_step(
     cache.k,
     cache.v,
   )
+  assert logits is not None
   lengths = cache.lengths + active.astype(jnp.int32)
   return StepOutput(logits, KVCache(k=k, v=v, lengths=lengths), greedy_ids)
 
@@ -195,7 +196,9 @@ def _fused_greedy_steps(
     cache.k,
     cache.v,
   )
-  launch = functools.partial(kernel.launch, plan, eos_token_ids=eos_token_ids)
+  launch = functools.partial(
+    kernel.launch, plan, eos_token_ids=eos_token_ids, with_logits=False
+  )
   last = steps.run(launch, plan.batch, operands)
   emitted = last["emitted"][:, : plan.batch]
   num_emitted = jnp.sum(emitted >= 0, axis=0, dtype=jnp.int32)

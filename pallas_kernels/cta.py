@@ -46,7 +46,7 @@ class CtaBase:
   v_cache: Ref
 
   times: Ref | None = None
-  logits: Ref
+  logits: Ref | None = None
   next_progress: Ref
 
   ring: Ref

@@ -140,6 +140,7 @@ def make_step(
   interpret: Any = None,
   as_cluster: bool = False,
   timed: bool = False,
+  with_logits: bool = True,
   cta_class: type[Cta] = Cta,
 ) -> Callable[..., Any]:
   """Builds the kernel.
@@ -152,21 +153,23 @@ def make_step(
       runs concurrently, rather than a grid.
     timed: whether the CTAs count where their time goes, see `times`. The
       counters, zero, then come before the operands, as a `jax.Ref`.
+    with_logits: whether to return logits. At batch 8 the writing of 1B's takes 7
+      us (bench/LOG.md), and a greedy step needs none.
     cta_class: what runs on each CTA; tests put faults in.
 
   Returns:
     A function of the operands of `operand_shapes`, in that order, those of
-    `CHANGED` as `jax.Ref`s. It returns logits `[B, V]` float32 (V padded) and
-    the next `progress`. If no sequence is active, or there have been as many
+    `CHANGED` as `jax.Ref`s. It returns, in a tuple, logits `[B, V]` float32 (V
+    padded), if asked for, and the next `progress`. If no sequence is active, or there have been as many
     steps as there may be, it changes nothing, `progress` is as it was, and the
     logits have no meaning.
   """
   g, p = plan.geometry, plan.num_ctas
   names = [*(["times"] if timed else []), *operand_shapes(plan)]
-  out_types = dict(
-    logits=((plan.batch, g.vocab_rows), F32),
-    next_progress=operand_shapes(plan)["progress"],
-  )
+  out_types: dict[str, Any] = {}
+  if with_logits:
+    out_types["logits"] = ((plan.batch, g.vocab_rows), F32)
+  out_types["next_progress"] = operand_shapes(plan)["progress"]
   arrays = {
     name: plgpu.SMEM(
       *shape_dtype, transforms=SWIZZLED if name in _OPERANDS else ()
@@ -253,7 +256,7 @@ def launch(
   *,
   times_ref: Any = None,
   **kwargs: Any,
-) -> tuple[jax.Array, Operands]:
+) -> tuple[jax.Array | None, Operands]:
   """Launches the kernel once; to be called under `jax.jit`.
 
   Args:
@@ -264,17 +267,18 @@ def launch(
 
   Returns:
     Logits `[B, V]` float32 (V padded), without a meaning if there was nothing
-    to do, and the operands that are others for the next launch.
+    to do, or None if they are not asked for, and the operands that are others
+    for the next launch.
   """
   timed = times_ref is not None
   refs = {name: jax.new_ref(operands[name]) for name in CHANGED}
   args = operands | refs
-  logits, progress = make_step(plan, timed=timed, **kwargs)(
+  *logits, progress = make_step(plan, timed=timed, **kwargs)(
     *([times_ref] if timed else []),
     *(args[name] for name in operand_shapes(plan)),
   )
   changed = {name: jax.freeze(ref) for name, ref in refs.items()}
-  return logits, {"progress": progress, **changed}
+  return logits[0] if logits else None, {"progress": progress, **changed}
 
 
 def step(
@@ -288,7 +292,9 @@ def step(
   k_cache: jax.Array,
   v_cache: jax.Array,
   times_ref: Any = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  *,
+  with_logits: bool = True,
+) -> tuple[jax.Array | None, jax.Array, jax.Array, jax.Array]:
   """Runs one decode step; to be called under `jax.jit`.
 
   Args:
@@ -302,9 +308,10 @@ def step(
     k_cache: `[L, B, K, S, H]` bfloat16; donated, it is extended in place.
     v_cache: likewise.
     times_ref: a `jax.Ref` for `times`, or None.
+    with_logits: whether to return logits.
 
   Returns:
-    Logits `[B, V]` float32, the greedy choice `[B]` int32, and the caches. What
+    Logits `[B, V]` float32 or None, the greedy choice `[B]` int32, and the caches. What
     is said of inactive sequences has no meaning, nor has anything if all are.
   """
   operands = steps.operands(
@@ -319,9 +326,11 @@ def step(
     k_cache,
     v_cache,
   )
-  logits, changed = launch(plan, operands, times_ref=times_ref)
+  logits, changed = launch(
+    plan, operands, times_ref=times_ref, with_logits=with_logits
+  )
   return (
-    logits[:, : plan.geometry.vocab_size],
+    None if logits is None else logits[:, : plan.geometry.vocab_size],
     changed["progress"][steps.TOKEN_IDS, : plan.batch],
     changed["k_cache"],
     changed["v_cache"],

@@ -271,7 +271,7 @@ class MatmulPhases(Stream, Activations):
     self.team.meet()
 
   def finish_lm_head(self, row: Index, num_rows: Index) -> None:
-    """Stores logits; keeps the largest of each lane."""
+    """Keeps the largest logits of each lane; stores all, if that is asked for."""
     finishing.keep_best(
       self.team,
       self.norm,
@@ -283,7 +283,8 @@ class MatmulPhases(Stream, Activations):
       num_rows,
       self.geometry.vocab_size,
     )
-    words.put(self.team, self.results_f32, self.logits, row, num_rows)
+    if self.logits is not None:
+      words.put(self.team, self.results_f32, self.logits, row, num_rows)
 
   def choose(self, stamp: Index) -> None:
     """Takes the largest logit, the first of equals, as the next token."""

@@ -33,8 +33,8 @@ LAUNCHES_PER_LOOK = 32
 NO_TOKEN = -1
 
 Operands = dict[str, jax.Array]
-# From all operands to the logits and the operands that have changed.
-Launch = Callable[[Operands], tuple[jax.Array, Operands]]
+# From all operands to the logits, if any, and the operands that have changed.
+Launch = Callable[[Operands], tuple[jax.Array | None, Operands]]
 
 
 def advance(

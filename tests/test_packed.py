@@ -675,7 +675,8 @@ def install(monkeypatch, step):
 def launch_of(step):
   """Returns what takes a step as the kernel does, one launch after another."""
 
-  def launch(plan, operands, *, eos_token_ids):
+  def launch(plan, operands, *, eos_token_ids, with_logits):
+    assert not with_logits
     num_rows, b = len(operands["emitted"]), plan.batch
     for name, (shape, dtype) in operand_shapes(plan, num_rows).items():
       chex.assert_shape(operands[name], shape)
