@@ -146,12 +146,15 @@ def compile_for_hopper(
     return _report(pathlib.Path(folder), compile_s)
 
 
-def compile_step(plan: Plan, *, timed: bool = False) -> Report:
+def compile_step(
+  plan: Plan, *, timed: bool = False, with_logits: bool = True
+) -> Report:
   """Compiles the decode step of a plan as `kernel.launch` does it.
 
   Args:
     plan: sizes and schedule.
     timed: whether it counts where its time goes, see `times`.
+    with_logits: whether it returns logits.
   """
   shapes = operand_shapes(plan)
   counters = ((plan.num_ctas, *times.SHAPE), jnp.int32)
@@ -160,9 +163,11 @@ def compile_step(plan: Plan, *, timed: bool = False) -> Report:
   def step(*args: jax.Array) -> Any:
     operands = dict(zip(shapes, args[len(of_times) :], strict=True))
     if not timed:
-      return kernel.launch(plan, operands)
+      return kernel.launch(plan, operands, with_logits=with_logits)
     times_ref = jax.new_ref(args[0])
-    out = kernel.launch(plan, operands, times_ref=times_ref)
+    out = kernel.launch(
+      plan, operands, times_ref=times_ref, with_logits=with_logits
+    )
     return out, jax.freeze(times_ref)
 
   changed = [i for i, name in enumerate(shapes) if name in CHANGED]

@@ -387,14 +387,15 @@ def launch(plan, operands, *, detect_races=True, **kwargs):
     **kwargs: for `kernel.make_step`.
 
   Returns:
-    Logits `[B, V]`, the operands that have changed, and whether races were
-    found.
+    Logits `[B, V]` or None, the operands that have changed, and whether races
+    were found.
   """
   interpreter.install()
   interpreter.reset()
   run = _compiled(plan, detect_races, **kwargs)
   logits, changed = jax.block_until_ready(run(operands))
-  logits = np.asarray(logits)[:, : plan.geometry.vocab_size]
+  if logits is not None:
+    logits = np.asarray(logits)[:, : plan.geometry.vocab_size]
   return logits, changed, detect_races and interpreter.races_found()
 
 

@@ -209,6 +209,14 @@ def _tiles_for(more):
   return _in("attention_item", None, positions=lambda x: _Plus(x, more))
 
 
+def _fewer_keys(self, place, upper, lower, user, in_flight, wanted=None):
+  # As if half of the last tile were enough for all of it.
+  wanted = None if wanted is None else wanted - TILE // 2
+  return kernel.Cta.load_halves(
+    self, place, upper, lower, user, in_flight, wanted
+  )
+
+
 def _merge_nothing(self, item, num_parts, stamp, state):
   # As if there had been no such part.
   return state
@@ -380,6 +388,9 @@ _FAULTS = {
   "one key too few": _Fault(_FEW_KEYS, "logits", _attend_to(-1)),
   "a tile of keys too many": _Fault(_FULL_TILE, "deadlock", _tiles_for(1)),
   "a tile of keys too few": _Fault(_NEXT_TILE, "deadlock", _tiles_for(-1)),
+  "half of the last tile is not loaded": _Fault(
+    _FULL_TILE, "logits", _instead(load_halves=_fewer_keys)
+  ),
   "a part of attention is left out": _Fault(
     _SPLIT_KEYS, "logits", _instead(merge=_merge_nothing)
   ),

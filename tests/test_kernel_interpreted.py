@@ -115,6 +115,20 @@ def test_rounds_are_shorter_where_the_ring_is(geometry, at_once, monkeypatch):
   check(Case(geometry, 1, 192, (170,)))
 
 
+# Those before the new key fill half of the last tile, or all of it but one key.
+@pytest.mark.parametrize("position", [31, 32, 33, 96, 97])
+@pytest.mark.parametrize("geometry", [_LAYER, _WIDE_LAYER])
+def test_half_of_the_last_tile_is_loaded_if_that_is_enough(geometry, position):
+  check(Case(geometry, 1, 128, (position,)))
+
+
+@pytest.mark.parametrize(
+  ("splits", "at_once"), [(1, 1), (2, 1), (3, 2), (9, 5)]
+)
+def test_no_more_parts_are_merged_at_once_than_there_are(splits, at_once):
+  assert Part(64, 4, splits).at_once == at_once
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", range(1, 9))
 def test_the_words_of_a_part_are_all_different(head_dim, group):
@@ -185,8 +199,10 @@ def two_steps():
     words=jnp.zeros_like(operands["words"]),
   )
 
-  def run(operands):
-    logits, changed, races = launch(plan, operands, eos_token_ids=(eos,))
+  def run(operands, **kwargs):
+    logits, changed, races = launch(
+      plan, operands, eos_token_ids=(eos,), **kwargs
+    )
     assert not races
     return logits, {name: np.asarray(x) for name, x in changed.items()}
 
@@ -233,6 +249,15 @@ def test_steps_follow_each_other(two_steps):
   _expect_progress(one, second["progress"][:3, :4], (1, 1))
   for name in ("k_cache", "v_cache"):
     np.testing.assert_array_equal(_bits(one[name]), _bits(second[name]))
+
+
+def test_without_logits_all_else_is_the_same(two_steps):
+  operands, _, run = two_steps
+  _, expected = run(operands)
+  logits, changed = run(operands, with_logits=False)
+  assert logits is None
+  for name, x in expected.items():
+    np.testing.assert_array_equal(_bits(changed[name]), _bits(x))
 
 
 @pytest.mark.parametrize("nothing", ["active", "left"])
