@@ -69,6 +69,33 @@ def implementation_steps(model: ffjax.Model, name: str) -> Steps:
   return steps
 
 
+def unlike_steps(
+  model: ffjax.Model,
+  name: str,
+  token_ids: jax.Array,
+  cache: KVCache,
+  emitted: np.ndarray,
+) -> int:
+  """Counts tokens that a step with logits would not have chosen.
+
+  A greedy loop may run other code than the steps whose logits are checked.
+
+  Args:
+    model: what both have run.
+    name: the implementation.
+    token_ids: `[B]`, the newest before the loop.
+    cache: of what is before those; it stays as it is.
+    emitted: `[B, T]`, the loop's.
+  """
+  cache = jax.tree.map(jnp.copy, cache)
+  found = jnp.zeros((), jnp.int32)
+  for ids in jnp.asarray(emitted).T:
+    logits, cache = _step(model, token_ids, cache, implementation=name)
+    found += (jnp.argmax(logits, -1) != ids).sum(dtype=jnp.int32)
+    token_ids = ids
+  return int(found)
+
+
 def relative_error(logits: np.ndarray, baseline: np.ndarray) -> float:
   """Returns the root mean square difference over the baseline's."""
   exact = np.asarray(baseline, np.float64)

@@ -10,6 +10,7 @@ figures can be judged. Several implementations take turns, loop by loop.
     --prompt=32,1024 --output=FILE.json
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -148,6 +149,22 @@ def measure(
     )
   del checker
   samples = harness.interleave(candidates, warm_ups, repeats)
+  for name, loop in candidates.items():
+    if not sampling.greedy:
+      continue
+    # Of what one implementation runs in both, not a bit may differ. What XLA makes
+    # of the reference in a loop may round otherwise than in a step.
+    state = loop.start.state
+    unlike = checks.unlike_steps(
+      loop.model, name, state.token_ids, state.cache, loop.run()[0]
+    )
+    limits = {"unlike_steps": 0.0} if name == "fused" else {}
+    checked[name] = dataclasses.replace(
+      checked[name],
+      metrics={**checked[name].metrics, "unlike_steps": float(unlike)},
+      limits={**checked[name].limits, **limits},
+    )
+    checked[name].require(name)
   model = next(iter(models.values()))
   shape = loops.Shape(
     batch,

@@ -117,6 +117,10 @@ class Loop:
     Raises:
       CheckFailedError: if what was emitted are not that many token ids.
     """
+    return self.run()[1]
+
+  def run(self) -> tuple[np.ndarray, LoopTimes]:
+    """Runs; returns `[B, T]` new tokens, too. Raises likewise."""
     # The loop overwrites its state.
     state = jax.block_until_ready(jax.tree.map(jnp.copy, self.start.state))
     begin = time.perf_counter()
@@ -133,7 +137,7 @@ class Loop:
     end = time.perf_counter()
     shape = (len(self.start.state.token_ids), self.num_steps)
     check_tokens(emitted, shape, self.model.config.vocab_size)
-    return LoopTimes(None, end - begin)
+    return emitted, LoopTimes(None, end - begin)
 
 
 @dataclasses.dataclass(frozen=True)

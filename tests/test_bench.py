@@ -261,6 +261,20 @@ def test_loops_begin_from_the_same_prompt(model, monkeypatch, temperature):
   assert emitted == [np.asarray(expected).tolist()] * 2
 
 
+def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
+  ids = loops.prompt(model.config.vocab_size, 2, 9)
+  start = loops.Start.after(model, "reference", ids, 64, decode.Sampling())
+  loop = loops.Loop(model, "reference", start, 6, decode.Sampling())
+  emitted, _ = loop.run()
+  args = (model, "reference", start.state.token_ids, start.state.cache)
+  assert checks.unlike_steps(*args, emitted) == 0
+  # The last one of a sequence, after which nothing is run.
+  emitted = emitted.copy()
+  emitted[1, -1] = (emitted[1, -1] + 1) % model.config.vocab_size
+  assert checks.unlike_steps(*args, emitted) == 1
+  assert not start.state.cache.k.is_deleted()
+
+
 def test_early_end_of_a_loop_is_refused():
   loops.check_tokens(np.array([[0, 9]]), (1, 2), 10)
   for bad in ([[0, decode.NO_TOKEN]], [[0, 10]], [[0]]):
