@@ -64,6 +64,12 @@ def test_steps_are_checked(fault, flag, passes):
   lines = done.stdout.splitlines()
   assert [line.startswith("True") for line in lines] == passes, done.stdout
   assert ("worst ratio 1.00" in lines[0]) == (fault == "none")
+  assert ("by sequence [" in lines[0]) == (not passes[0])
+
+
+def test_only_the_batches_that_are_asked_for_are_checked():
+  done = _run("none", "--batch=3", "--batch=8")
+  assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_a_text_that_is_too_short_is_an_error(tmp_path):
