@@ -103,6 +103,7 @@ class KernelLoop:
     timed: whether the kernel counts its time, which costs some.
     in_flight: chunks that a CTA asks for at a time; None is the table's choice.
     compute_wgs: warpgroups of a CTA that compute; None is the table's choice.
+    head_in_flight: chunks of the LM head; None is the table's choice.
   """
 
   model: ffjax.Model
@@ -113,6 +114,7 @@ class KernelLoop:
   timed: bool
   in_flight: int | None = None
   compute_wgs: int | None = None
+  head_in_flight: int | None = None
 
   def __call__(self) -> Run:
     """Runs."""
@@ -128,8 +130,10 @@ class KernelLoop:
       head_format=params.head_chunk_format,
       compute_wgs=self.compute_wgs,
     )
-    if self.in_flight is not None:
-      plan = dataclasses.replace(plan, in_flight=self.in_flight)
+    for name in ("in_flight", "head_in_flight"):
+      chunks = getattr(self, name)
+      if chunks is not None:
+        plan = dataclasses.replace(plan, **{name: chunks})
     shape = jax.eval_shape(
       lambda: KVCache.create(config, self.batch, self.capacity, jnp.bfloat16)
     ).k.shape

@@ -1,7 +1,8 @@
 """Measures what the table of `pallas_kernels.tuning` should hold for a device.
 
 Launches of the kernel take turns, with from 1 to `--most` chunks in flight and
-with one and two compute warpgroups; all must choose the same tokens, and the kernel
+with one and two compute warpgroups, and, of these as the table has them, with 1 to
+twice as many chunks of the LM head; all must choose the same tokens, and the kernel
 as the table has it must be right.
 
   python -m bench.tune --preset=llama-3.2-1b --output=FILE.json
@@ -43,9 +44,9 @@ def main(argv: list[str]) -> None:
   checked.require("fused")
   last_ids: dict[str, np.ndarray] = {}
 
-  def timed(name: str, chunks: int, compute_wgs: int) -> Any:
+  def timed(name: str, **choices: int) -> Any:
     loop = kernel_steps.KernelLoop(
-      model, batch, length, capacity, num_steps, False, chunks, compute_wgs
+      model, batch, length, capacity, num_steps, False, **choices
     )
 
     def call() -> float:
@@ -58,7 +59,10 @@ def main(argv: list[str]) -> None:
   candidates = {}
   for n, wgs in itertools.product(range(1, _MOST.value + 1), (1, 2)):
     name = f"in flight: {n}, compute warpgroups: {wgs}"
-    candidates[name] = timed(name, n, wgs)
+    candidates[name] = timed(name, in_flight=n, compute_wgs=wgs)
+  for n in range(1, 2 * _MOST.value + 1):
+    name = f"LM head in flight: {n}"
+    candidates[name] = timed(name, head_in_flight=n)
   samples = harness.interleave(
     candidates, flags.WARM_UPS.value, flags.REPEATS.value
   )

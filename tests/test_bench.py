@@ -30,7 +30,7 @@ from bench import (
 )
 from ffjax import decode, stepping
 from ffjax.cache import rounded_capacity
-from pallas_kernels import times
+from pallas_kernels import mosaic, times
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PASSED = harness.Check("the truth", {"error": 1.0}, {"error": 1.0})
@@ -273,6 +273,28 @@ def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
   emitted[1, -1] = (emitted[1, -1] + 1) % model.config.vocab_size
   assert checks.unlike_steps(*args, emitted) == 1
   assert not start.state.cache.k.is_deleted()
+
+
+def test_a_loop_of_the_kernel_takes_what_is_chosen(make_config, monkeypatch):
+  if mosaic.missing():
+    pytest.skip(mosaic.missing())
+  # Not above: older versions of JAX lack what it imports.
+  from bench import kernel_steps
+
+  plans = []
+
+  def run(*args, plan, **kwargs):
+    plans.append(plan)
+    shape = plan.num_ctas, *times.SHAPE
+    return *args[1:4], np.zeros(shape, np.int32)
+
+  monkeypatch.setattr(kernel_steps, "_run", run)
+  model = ffjax.random_model(make_config(head_dim=64), seed=3)
+  packed = ffjax.pack(model, num_ctas=3)
+  for choice in ({}, {"in_flight": 5}, {"head_in_flight": 7}):
+    kernel_steps.KernelLoop(packed, 1, 5, 64, 2, False, **choice)()
+  found = [(plan.in_flight, plan.head_in_flight) for plan in plans]
+  assert found == [(2, 4), (5, 4), (2, 7)]
 
 
 def test_early_end_of_a_loop_is_refused():
