@@ -275,26 +275,35 @@ def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
   assert not start.state.cache.k.is_deleted()
 
 
-def test_a_loop_of_the_kernel_takes_what_is_chosen(make_config, monkeypatch):
+# In a process of its own: its flags are not those of `ffjax.generate`.
+_CHOICES = """
+import jax
+import numpy as np
+import ffjax
+from bench import kernel_steps
+from bench.models import ALL
+from pallas_kernels import times
+
+def run(*args, plan, **kwargs):
+  print(plan.in_flight, plan.head_in_flight, plan.compute_wgs)
+  return *args[1:4], np.zeros((plan.num_ctas, *times.SHAPE), np.int32)
+
+kernel_steps._run = run
+model = ffjax.pack(ffjax.random_model(ALL["tiny-llama"], seed=0), num_ctas=3)
+for choice in ({}, {"in_flight": 5}, {"head_in_flight": 7}, {"compute_wgs": 2}):
+  kernel_steps.KernelLoop(model, 1, 5, 64, 2, False, **choice)()
+"""
+
+
+def test_a_loop_of_the_kernel_takes_what_is_chosen():
   if mosaic.missing():
     pytest.skip(mosaic.missing())
-  # Not above: older versions of JAX lack what it imports.
-  from bench import kernel_steps
-
-  plans = []
-
-  def run(*args, plan, **kwargs):
-    plans.append(plan)
-    shape = plan.num_ctas, *times.SHAPE
-    return *args[1:4], np.zeros(shape, np.int32)
-
-  monkeypatch.setattr(kernel_steps, "_run", run)
-  model = ffjax.random_model(make_config(head_dim=64), seed=3)
-  packed = ffjax.pack(model, num_ctas=3)
-  for choice in ({}, {"in_flight": 5}, {"head_in_flight": 7}):
-    kernel_steps.KernelLoop(packed, 1, 5, 64, 2, False, **choice)()
-  found = [(plan.in_flight, plan.head_in_flight) for plan in plans]
-  assert found == [(2, 4), (5, 4), (2, 7)]
+  command = [sys.executable, "-c", _CHOICES]
+  done = subprocess.run(
+    command, capture_output=True, text=True, check=False, cwd=_ROOT
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == ["2 4 1", "5 4 1", "2 7 1", "2 4 2"]
 
 
 def test_early_end_of_a_loop_is_refused():
