@@ -32,9 +32,10 @@ from absl import app, flags
 
 import ffjax
 from bench.models import MODELS as _FIVE
-from ffjax import stepping
+from ffjax import packed, stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
+from pallas_kernels import geometry
 
 # The other ratios of query to KV heads, 1 and 8, in small models.
 _SMALL = dataclasses.replace(
@@ -230,6 +231,11 @@ def check_steps(
     text = Text.of(model, max(all_positions), max(capacities))
   for batch, (capacity, cases) in steps.items():
     if _BATCH.value and batch not in _BATCH.value:
+      continue
+    try:
+      geometry.check(packed.geometry_of(model.config), batch)
+    except geometry.UnsupportedError as e:
+      rows.append(Row(name, f"batch {batch}", f"NOT TAKEN: {e}", True))
       continue
     worst = dict(logits=0.0, kv=0.0)
     error, ours, unchanged, greedy = 0.0, 0.0, True, True
