@@ -50,6 +50,21 @@ class Check:
       and all(self.metrics[name] <= x for name, x in self.limits.items())
     )
 
+  def counting(self, what: str, count: int, *, limited: bool = True) -> "Check":
+    """Returns this check and how many of something there were.
+
+    Args:
+      what: the figure's name.
+      count: how many.
+      limited: whether there may be none.
+    """
+    limits = {what: 0.0} if limited else {}
+    return dataclasses.replace(
+      self,
+      metrics={**self.metrics, what: float(count)},
+      limits={**self.limits, **limits},
+    )
+
   def require(self, name: str) -> None:
     """Raises if it failed.
 

@@ -160,9 +160,9 @@ def make_step(
   Returns:
     A function of the operands of `operand_shapes`, in that order, those of
     `CHANGED` as `jax.Ref`s. It returns, in a tuple, logits `[B, V]` float32 (V
-    padded), if asked for, and the next `progress`. If no sequence is active, or there have been as many
-    steps as there may be, it changes nothing, `progress` is as it was, and the
-    logits have no meaning.
+    padded), if asked for, and the next `progress`. If no sequence is active, or
+    there have been as many steps as there may be, it changes nothing, `progress`
+    is as it was, and the logits have no meaning.
   """
   g, p = plan.geometry, plan.num_ctas
   names = [*(["times"] if timed else []), *operand_shapes(plan)]
@@ -311,8 +311,9 @@ def step(
     with_logits: whether to return logits.
 
   Returns:
-    Logits `[B, V]` float32 or None, the greedy choice `[B]` int32, and the caches. What
-    is said of inactive sequences has no meaning, nor has anything if all are.
+    Logits `[B, V]` float32 or None, the greedy choice `[B]` int32, and the
+    caches. What is said of inactive sequences has no meaning, nor has anything if
+    all are.
   """
   operands = steps.operands(
     plan,

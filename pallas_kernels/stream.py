@@ -36,9 +36,9 @@ class Place(NamedTuple):
   users: Index
   seen: Index
 
-  def next(self, user: Index, seen: Index) -> "Place":
+  def next(self, user: Index) -> "Place":
     """Returns the place after a chunk that `user` takes."""
-    return Place(self.i + 1, (self.users << 1) | user, seen)
+    return Place(self.i + 1, (self.users << 1) | user, self.seen)
 
   def user(self, before: Index) -> Index:
     """Returns who takes the chunk so many before the next one."""
@@ -54,7 +54,7 @@ class Stream(CtaBase):
       return self.produced.at[slot]
     return self.produced.at[user * self.plan.num_slots + slot]
 
-  def acquire(self, place: Place, in_flight: Index) -> tuple[Index, Index]:
+  def acquire(self, place: Place, in_flight: Index) -> tuple[Index, Place]:
     """Waits until the stream's next chunk may be loaded.
 
     Args:
@@ -62,7 +62,7 @@ class Stream(CtaBase):
       in_flight: how many chunks may then be under way.
 
     Returns:
-      Its slot, and how many chunks have been seen to come.
+      Its slot, and the place with what has been seen to come.
     """
     i = place.i
     slot = self.slot(i)
@@ -85,7 +85,7 @@ class Stream(CtaBase):
     def _() -> None:
       self.see(place, place.seen)
 
-    return slot, place.seen + too_many.astype(I32)
+    return slot, place._replace(seen=place.seen + too_many.astype(I32))
 
   def see(self, place: Place, j: Index) -> None:
     """Waits until chunk j has come; it was loaded before `place`."""
@@ -113,7 +113,7 @@ class Stream(CtaBase):
     Returns:
       The next place.
     """
-    slot, seen = self.acquire(place, in_flight)
+    slot, place = self.acquire(place, in_flight)
     half = CHUNK_ROWS // 2
 
     def load(num_rows: int) -> None:
@@ -129,7 +129,7 @@ class Stream(CtaBase):
     else:
       pl.when(wanted <= half // 2)(lambda: load(half // 2))
       pl.when(wanted > half // 2)(lambda: load(half))
-    return place.next(user, seen)
+    return place.next(user)
 
   def load_codes(
     self,
@@ -140,14 +140,14 @@ class Stream(CtaBase):
     in_flight: Index,
   ) -> Place:
     """Loads codes and their scales into the next slot; returns the next place."""
-    slot, seen = self.acquire(place, in_flight)
+    slot, place = self.acquire(place, in_flight)
     targets = (
       self.ring.at[slot, pl.ds(0, codes.shape[0])],
       self.scales.at[slot, pl.ds(0, scales.shape[0])],
     )
     for source, target in zip((codes, scales), targets, strict=True):
       plgpu.copy_gmem_to_smem(source, target, self.come(slot, user))
-    return place.next(user, seen)
+    return place.next(user)
 
   def stream_weights(
     self, place: Place, matmul: Matmul, layer: Index | None = None
@@ -273,12 +273,12 @@ class Stream(CtaBase):
     )
     place = self.stream_weights(place, s.lm_head)
     i = place.i
-    # Every completion of a barrier must be awaited.
-    fori(place.seen, i, lambda j: self.see(place, j))
 
     def consumed(j: Index) -> None:
       plgpu.barrier_wait(self.consumed.at[self.slot(j)])
 
+    # Every completion of a barrier must be awaited.
+    fori(place.seen, i, lambda j: self.see(place, j))
     fori(jnp.maximum(i - plan.num_slots, 0), i, consumed)
 
   def slot(self, i: Index) -> Index:

@@ -261,6 +261,14 @@ def test_loops_begin_from_the_same_prompt(model, monkeypatch, temperature):
   assert emitted == [np.asarray(expected).tolist()] * 2
 
 
+def test_a_count_is_none_where_it_is_limited():
+  assert _PASSED.counting("faults", 0).passed
+  assert not _PASSED.counting("faults", 1).passed
+  told = _PASSED.counting("faults", 1, limited=False)
+  assert told.passed
+  assert told.metrics == {"error": 1.0, "faults": 1.0}
+
+
 def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
   ids = loops.prompt(model.config.vocab_size, 2, 9)
   start = loops.Start.after(model, "reference", ids, 64, decode.Sampling())
@@ -277,7 +285,6 @@ def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
 
 # In a process of its own: its flags are not those of `ffjax.generate`.
 _CHOICES = """
-import jax
 import numpy as np
 import ffjax
 from bench import kernel_steps
