@@ -35,6 +35,7 @@ from bench.models import MODELS as _FIVE
 from ffjax import packed, stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
+from ffjax.presets import PRESETS
 from pallas_kernels import geometry
 
 # The other ratios of query to KV heads, 1 and 8, in small models.
@@ -50,9 +51,57 @@ MODELS = {
     _SMALL, num_attention_heads=16, num_key_value_heads=2, head_dim=128
   ),
 }
+# Shapes of other models that people run.
+_TINYLLAMA = dataclasses.replace(
+  MODELS["smollm2-135m"],
+  vocab_size=32000,
+  hidden_size=2048,
+  intermediate_size=5632,
+  num_attention_heads=32,
+  num_key_value_heads=4,
+  tie_word_embeddings=False,
+)
+_LLAMA_2_7B = dataclasses.replace(
+  _TINYLLAMA,
+  hidden_size=4096,
+  intermediate_size=11008,
+  num_key_value_heads=32,
+  head_dim=128,
+)
+SHAPES = {
+  "smollm2-360m": dataclasses.replace(
+    MODELS["smollm2-135m"],
+    hidden_size=960,
+    intermediate_size=2560,
+    num_attention_heads=15,
+    num_key_value_heads=5,
+  ),
+  "smollm2-1.7b": dataclasses.replace(
+    MODELS["smollm2-135m"],
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+  ),
+  "tinyllama-1.1b": _TINYLLAMA,
+  "llama-2-7b": _LLAMA_2_7B,
+  "llama-2-13b": dataclasses.replace(
+    _LLAMA_2_7B,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_attention_heads=40,
+    num_key_value_heads=40,
+  ),
+  "llama-3.1-70b": PRESETS["llama-3.1-70b"],
+}
 _CHECKS = ("steps", "long", "launches", "greedy", "endless", "text")
 
-_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
+_MODEL = flags.DEFINE_multi_enum(
+  "model", list(MODELS), [*MODELS, *SHAPES], "Models."
+)
+_NUM_LAYERS = flags.DEFINE_integer(
+  "num_hidden_layers", None, "Random models have only so many."
+)
 _CHECK = flags.DEFINE_list("check", ["steps", "launches"], f"Of {_CHECKS}.")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Weights; without it they are random, of true shape."
@@ -84,6 +133,10 @@ _STEPS: _Steps = {
   1: (4224, [(p,) for p in (0, 1, 63, 64, 65, 127, 128, 1000, 4095, 4223)]),
   2: (1088, [(0, 1087), (63, 64)]),
   3: (4224, [(65, 4095, 4223)]),
+  4: (1088, [(63, 64, 1000, 1087)]),
+  5: (1088, [(0, 64, 65, 1000, 1087)]),
+  6: (1088, [(1, 63, 64, 129, 1000, 1087)]),
+  7: (1088, [(0, 31, 32, 33, 65, 1000, 1087)]),
   8: (1088, [(0, 1, 63, 64, 65, 127, 128, 1000)]),
 }
 _LONG_STEPS: _Steps = {1: (131072, [(131071,)])}
@@ -475,8 +528,11 @@ _RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
 
 def _run_model(name: str) -> list[Row]:
   if _CHECKPOINT.value is None:
+    config = {**MODELS, **SHAPES}[name]
+    if _NUM_LAYERS.value is not None:
+      config = dataclasses.replace(config, num_hidden_layers=_NUM_LAYERS.value)
     model = ffjax.random_model(
-      MODELS[name],
+      config,
       seed=0,
       format_name=_FORMAT.value,
       head_format=_HEAD_FORMAT.value,
@@ -511,7 +567,9 @@ def _run_in_process(name: str) -> list[Row]:
     ]
     command += [
       f"--{flag.name}={flag.value}"
-      for flag in (_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS)
+      for flag in (
+        *(_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS, _NUM_LAYERS),
+      )
       if flag.value
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -554,6 +612,7 @@ def main(argv: list[str]) -> None:
       format=_FORMAT.value,
       head_format=_HEAD_FORMAT.value,
       own_bits=_OWN_BITS.value,
+      num_hidden_layers=_NUM_LAYERS.value,
       rows=[dataclasses.asdict(row) for row in rows],
     )
     path = pathlib.Path(_OUTPUT.value)

@@ -396,13 +396,17 @@ def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:
     for n in range(len(values))
   )
   n, there = threads.sum_of_lane(lane, len(values))
+  # Who stores no sum looks at the first one and drops it. Where `q` was `adds` and
+  # `p`, ptxas 13.0 took a register that held something else for `p` in the kernel
+  # of Llama-3.1-8B at batch 3, and nothing was added (bench/LOG.md).
+  n = n * there
   place = n // 2 * what.row_values + u * UNIT_ROWS + warp * 2 + n % 2
   num = len(products)
   mosaic.asm(
     f"{{ .reg .pred mine, odd, p, q; .reg .f32 x, {', '.join(values)};"
     f" {threads.SUMS_SCRATCH}"
     " setp.ne.b32 mine, $0, 0; setp.ne.b32 odd, $1, 0;"
-    " setp.ne.b32 p, $2, 0; setp.ne.and.b32 q, $3, 0, p;"
+    " setp.ne.b32 p, $2, 0; setp.ne.b32 q, $3, 0;"
     f" {own_products} {threads.warp_sums(values)}"
     f" @q ld.shared.f32 x, [${num + 4}]; @q add.f32 s0, s0, x;"
     f" @p st.shared.f32 [${num + 4}], s0; }}",

@@ -130,10 +130,3 @@ def check(geometry: Geometry, batch: int) -> None:
     )
   if not 1 <= batch <= MAX_BATCH:
     raise UnsupportedError(f"batch {batch} (it takes 1 to {MAX_BATCH})")
-  # Llama-3.1-8B was another model there when it was last checked on an H100, nobody
-  # knows why (bench/LOG.md); 3B was not. To go when that is found.
-  if batch == 3 and g.padded_hidden_size > 3072:
-    raise UnsupportedError(
-      f"batch 3 with hidden_size={g.hidden_size} (it was wrong there when last"
-      " checked; it takes 2 and 4)"
-    )

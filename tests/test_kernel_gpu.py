@@ -66,6 +66,8 @@ _WIDE_HEADS = dict(
   head_dim=128,
   tie_word_embeddings=True,
 )
+# At batch 3, `down` comes in blocks of 5, 5 and 4 chunks.
+_DEEP = dict(_EVEN, intermediate_size=14336)
 
 
 def _packed(make_config, fields):
@@ -112,7 +114,9 @@ def _started(model, batch, sampling=decode.GREEDY):
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(
-  "fields", [_EVEN, _ODD, _WIDE_HEADS], ids=["even", "odd", "wide heads"]
+  "fields",
+  [_EVEN, _ODD, _WIDE_HEADS, _DEEP],
+  ids=["even", "odd", "wide heads", "deep"],
 )
 def test_error_is_that_of_bfloat16(make_config, fields, batch):
   _assert_error_is_that_of_bfloat16(_packed(make_config, fields), batch)

@@ -285,16 +285,6 @@ def test_every_width_leaves_room_for_a_ring(head_dim, batch, num_ctas):
       assert make_plan(g, batch, 1024, num_ctas).num_slots >= 3
 
 
-def test_what_was_wrong_on_a_gpu_is_refused():
-  for name, batch in (("llama-3.1-8b", 2), ("llama-3.1-8b", 4)):
-    geometry.check(_MODELS[name], batch)
-  geometry.check(_MODELS["llama-3.2-1b"], 3)
-  with pytest.raises(
-    geometry.UnsupportedError, match="batch 3 with hidden_size"
-  ):
-    geometry.check(_MODELS["llama-3.1-8b"], 3)
-
-
 def test_a_plan_without_room_for_a_ring_is_refused():
   g = _geometry(8192, 256, 1, 8, 1, 128, 128)
   with pytest.raises(
