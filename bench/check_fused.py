@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -225,16 +225,32 @@ def _make_cache(
 
   What is not live has standard deviation `beyond`.
   """
-  c = model.config
-  batch = len(positions)
+  shape = dataclasses.replace(model.config, dtype="bfloat16")
+  return _fill_cache(
+    shape,
+    capacity,
+    jnp.asarray(positions, jnp.int32),
+    beyond,
+    None if text is None else text.cache,
+  )
+
+
+# One compilation for each batch, here and below: without it there are dozens.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fill_cache(
+  c: ffjax.LlamaConfig,
+  capacity: int,
+  lengths: jax.Array,
+  beyond: jax.Array,
+  text: KVCache | None,
+) -> KVCache:
   shape = (
     c.num_hidden_layers,
-    batch,
+    len(lengths),
     c.num_key_value_heads,
     capacity,
     c.head_dim,
   )
-  lengths = jnp.asarray(positions, jnp.int32)
   live = jnp.arange(capacity)[None, :] < lengths[:, None]
   scale = jnp.where(live, 1.0, beyond).astype(jnp.bfloat16)
   k, v = (
@@ -246,16 +262,17 @@ def _make_cache(
     seen = live[None, :, None, :, None]
     k, v = (
       jnp.where(seen, x[:, :, :, :capacity], noise)
-      for x, noise in ((text.cache.k, k), (text.cache.v, v))
+      for x, noise in ((text.k, k), (text.v, v))
     )
   return KVCache(k=k, v=v, lengths=lengths)
 
 
-def _relative_error(x: jax.Array, y: jax.Array) -> float:
+def _relative_error(x: jax.Array, y: jax.Array) -> jax.Array:
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-  return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+  return jnp.linalg.norm(x - y) / jnp.linalg.norm(y)
 
 
+@jax.jit
 def _new_rows(cache: KVCache) -> jax.Array:
   """Returns the newest keys and values."""
   b = jnp.arange(cache.k.shape[1])
@@ -263,7 +280,46 @@ def _new_rows(cache: KVCache) -> jax.Array:
   return jnp.stack([cache.k[at], cache.v[at]])
 
 
-def check_long(name: str, model: ffjax.Model) -> list[Row]:
+# Logits, cache, greedy choices.
+_Out = tuple[jax.Array, KVCache, jax.Array]
+
+
+@jax.jit
+def _errors(exact: _Out, bf16: _Out, fused: _Out) -> dict[str, jax.Array]:
+  """Returns relative errors, and whether the choices are the largest logits."""
+  logits = [out[0] for out in (exact, bf16, fused)]
+  rows = [_new_rows(out[1]) for out in (exact, bf16, fused)]
+  return dict(
+    theirs=_relative_error(logits[1], logits[0]),
+    ours=_relative_error(logits[2], logits[0]),
+    their_kv=_relative_error(rows[1], rows[0]),
+    our_kv=_relative_error(rows[2], rows[0]),
+    by_sequence=jax.vmap(_relative_error)(logits[2], logits[0]),
+    greedy=(fused[2] == jnp.argmax(fused[0], -1)).all(),
+  )
+
+
+@jax.jit
+def _differs(first: _Out, again: _Out) -> jax.Array:
+  """Returns whether logits or new rows do, in any bit."""
+  same = (again[0] == first[0]).all()
+  return ~(same & (_new_rows(again[1]) == _new_rows(first[1])).all())
+
+
+@jax.jit
+def _noise_changes_nothing(
+  fused: _Out, noisy: KVCache, again: _Out
+) -> jax.Array:
+  """Returns whether logits and new rows are the same, and no others written."""
+  unchanged = ~_differs(fused, again)
+  b = jnp.arange(len(noisy.lengths))
+  at = (slice(None), b, slice(None), noisy.lengths)
+  for before, after in ((noisy.k, again[1].k), (noisy.v, again[1].v)):
+    unchanged &= (after.at[at].set(before[at]) == before).all()
+  return unchanged
+
+
+def check_long(name: str, model: ffjax.Model) -> Iterable[Row]:
   """Does the same at the end of a context of 131,072; a large cache."""
   return check_steps(name, model, _LONG_STEPS)
 
@@ -272,9 +328,8 @@ def check_steps(
   name: str,
   model: ffjax.Model,
   steps: _Steps | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
   """Compares single steps with the float32 reference, and noise with none."""
-  rows = []
   steps = steps or _STEPS
   text = None
   if _CHECKPOINT.value is not None:
@@ -288,10 +343,10 @@ def check_steps(
     try:
       geometry.check(packed.geometry_of(model.config), batch)
     except geometry.UnsupportedError as e:
-      rows.append(Row(name, f"batch {batch}", f"NOT TAKEN: {e}", True))
+      yield Row(name, f"batch {batch}", f"NOT TAKEN: {e}", True)
       continue
-    worst = dict(logits=0.0, kv=0.0)
-    error, ours, unchanged, greedy = 0.0, 0.0, True, True
+    worst = worst_kv = most = most_ours = 0.0
+    unchanged = greedy = True
     # Of each sequence, the largest.
     by_sequence = np.zeros(batch)
     for positions in cases:
@@ -308,60 +363,39 @@ def check_steps(
         )
         for implementation in ("reference_float32", "reference", "fused")
       }
-      exact, bf16, fused = outs.values()
-      for what, part in (
-        ("logits", lambda out: out[0]),
-        ("kv", lambda out: _new_rows(out[1])),
-      ):
-        theirs = _relative_error(part(bf16), part(exact))
-        mine = _relative_error(part(fused), part(exact))
-        worst[what] = max(worst[what], mine / theirs)
-        if what == "logits":
-          error, ours = max(error, theirs), max(ours, mine)
-          errors = [
-            _relative_error(part(fused)[b], part(exact)[b])
-            for b in range(batch)
-          ]
-          by_sequence = np.maximum(by_sequence, errors)
-      greedy &= bool((fused[2] == jnp.argmax(fused[0], -1)).all())
+      found = {k: np.asarray(x) for k, x in _errors(*outs.values()).items()}
+      theirs, ours = float(found["theirs"]), float(found["ours"])
+      worst = max(worst, ours / theirs)
+      worst_kv = max(worst_kv, float(found["our_kv"] / found["their_kv"]))
+      most, most_ours = max(most, theirs), max(most_ours, ours)
+      by_sequence = np.maximum(by_sequence, found["by_sequence"])
+      greedy &= bool(found["greedy"])
       noisy = _make_cache(model, capacity, positions, 100.0, text)
       again = _step(model, ids, noisy, name="fused")
-      unchanged &= bool((again[0] == fused[0]).all())
-      unchanged &= bool((_new_rows(again[1]) == _new_rows(fused[1])).all())
-      # Nothing but the new rows has been written.
-      for before, after in ((noisy.k, again[1].k), (noisy.v, again[1].v)):
-        b = jnp.arange(batch)
-        at = (slice(None), b, slice(None), noisy.lengths)
-        unchanged &= bool((after.at[at].set(before[at]) == before).all())
-    passed = max(worst.values()) <= _MOST_ERROR
-    found = (
-      f"logits error {ours:.4f} (bf16 reference {error:.4f}), worst ratio"
-      f" {worst['logits']:.2f}, keys and values {worst['kv']:.2f}"
+      unchanged &= bool(_noise_changes_nothing(outs["fused"], noisy, again))
+    passed = max(worst, worst_kv) <= _MOST_ERROR
+    steps_found = (
+      f"logits error {most_ours:.4f} (bf16 reference {most:.4f}), worst ratio"
+      f" {worst:.2f}, keys and values {worst_kv:.2f}"
     )
     if not passed:
-      found += f"; by sequence {by_sequence.round(3).tolist()}"
-    rows.append(
-      Row(
-        name,
-        f"batch {batch}, {len(cases)} x positions {cases[-1]}",
-        found,
-        passed,
-      )
+      steps_found += f"; by sequence {by_sequence.round(3).tolist()}"
+    yield Row(
+      name,
+      f"batch {batch}, {len(cases)} x positions {cases[-1]}",
+      steps_found,
+      passed,
     )
-    rows.append(
-      Row(
-        name,
-        f"batch {batch}, noise of 100 beyond the live length",
-        "no bit changes" if unchanged else "BITS CHANGE",
-        unchanged and greedy,
-      )
+    yield Row(
+      name,
+      f"batch {batch}, noise of 100 beyond the live length",
+      "no bit changes" if unchanged else "BITS CHANGE",
+      unchanged and greedy,
     )
-  return rows
 
 
-def check_launches(name: str, model: ffjax.Model) -> list[Row]:
+def check_launches(name: str, model: ffjax.Model) -> Iterator[Row]:
   """Repeats one step and compares bits."""
-  rows = []
   for batch in (1, 8):
     positions = (1000, *range(1, batch))
     cache = _make_cache(model, 1088, positions, 1.0)
@@ -370,17 +404,13 @@ def check_launches(name: str, model: ffjax.Model) -> list[Row]:
     differing = jnp.zeros((), jnp.int32)
     for _ in range(_LAUNCHES.value):
       again = _step(model, ids, cache, name="fused")
-      same = (again[0] == first[0]).all()
-      differing += ~(same & (_new_rows(again[1]) == _new_rows(first[1])).all())
-    rows.append(
-      Row(
-        name,
-        f"batch {batch}, {_LAUNCHES.value} launches of one step",
-        f"{int(differing)} differ in a bit",
-        int(differing) == 0,
-      )
+      differing += _differs(first, again)
+    yield Row(
+      name,
+      f"batch {batch}, {_LAUNCHES.value} launches of one step",
+      f"{int(differing)} differ in a bit",
+      int(differing) == 0,
     )
-  return rows
 
 
 def _continue(
@@ -516,7 +546,7 @@ def check_text(name: str, model: ffjax.Model) -> list[Row]:
   return rows
 
 
-_RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
+_RUN: dict[str, Callable[[str, ffjax.Model], Iterable[Row]]] = dict(
   steps=check_steps,
   long=check_long,
   launches=check_launches,
@@ -526,7 +556,7 @@ _RUN: dict[str, Callable[[str, ffjax.Model], list[Row]]] = dict(
 )
 
 
-def _run_model(name: str) -> list[Row]:
+def _run_model(name: str) -> Iterator[Row]:
   if _CHECKPOINT.value is None:
     config = {**MODELS, **SHAPES}[name]
     if _NUM_LAYERS.value is not None:
@@ -542,10 +572,8 @@ def _run_model(name: str) -> list[Row]:
   else:
     model = ffjax.load(_CHECKPOINT.value, dtype="bfloat16")
   model = ffjax.pack(model)
-  rows = []
   for check in _CHECK.value:
-    rows += _RUN[check](name, model)
-  return rows
+    yield from _RUN[check](name, model)
 
 
 def _run_in_process(name: str) -> list[Row]:
@@ -573,20 +601,48 @@ def _run_in_process(name: str) -> list[Row]:
       if flag.value
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not output.exists():
-      reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
-      return [Row(name, "all", f"FAILED: {reason[0][:300]}", False)]
-    found = json.loads(output.read_text(encoding="utf-8"))
-  return [Row(**row) for row in found["rows"]]
+    found: dict[str, Any] = dict(rows=[], complete=False)
+    if output.exists():
+      found = json.loads(output.read_text(encoding="utf-8"))
+  rows = [Row(**row) for row in found["rows"]]
+  if not found["complete"]:
+    reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    rows.append(Row(name, "the rest", f"FAILED: {reason[0][:300]}", False))
+  return rows
 
 
-def _table(rows: list[Row]) -> str:
-  lines = ["| model | check | found | |", "|---|---|---|---|"]
-  lines += [
-    f"| {r.model} | {r.check} | {r.found} | {'ok' if r.passed else 'FAILS'} |"
-    for r in rows
-  ]
-  return "\n".join(lines)
+def _all_rows() -> Iterator[Row]:
+  """Runs the checks; rows come as they are found."""
+  if _IN_PROCESS.value:
+    for name in _MODEL.value:
+      yield from _run_model(name)
+    return
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+    runs = [pool.submit(_run_in_process, name) for name in _MODEL.value]
+    for run in concurrent.futures.as_completed(runs):
+      yield from run.result()
+
+
+def _write(rows: list[Row], complete: bool) -> None:
+  """Writes what has been found so far, if a file is asked for."""
+  if _OUTPUT.value is None:
+    return
+  result: dict[str, Any] = dict(
+    date=datetime.date.today().isoformat(),
+    device=jax.devices()[0].device_kind,
+    jax=jax.__version__,
+    ffjax=ffjax.__version__,
+    weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
+    format=_FORMAT.value,
+    head_format=_HEAD_FORMAT.value,
+    own_bits=_OWN_BITS.value,
+    num_hidden_layers=_NUM_LAYERS.value,
+    complete=complete,
+    rows=[dataclasses.asdict(row) for row in rows],
+  )
+  path = pathlib.Path(_OUTPUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
@@ -596,28 +652,14 @@ def main(argv: list[str]) -> None:
   unknown = set(_CHECK.value) - set(_CHECKS)
   if unknown:
     raise app.UsageError(f"--check: {sorted(unknown)} are not of {_CHECKS}")
-  if _IN_PROCESS.value:
-    rows = [row for name in _MODEL.value for row in _run_model(name)]
-  else:
-    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-      rows = sum(pool.map(_run_in_process, _MODEL.value), [])
-  print(_table(rows))
-  if _OUTPUT.value is not None:
-    result: dict[str, Any] = dict(
-      date=datetime.date.today().isoformat(),
-      device=jax.devices()[0].device_kind,
-      jax=jax.__version__,
-      ffjax=ffjax.__version__,
-      weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
-      format=_FORMAT.value,
-      head_format=_HEAD_FORMAT.value,
-      own_bits=_OWN_BITS.value,
-      num_hidden_layers=_NUM_LAYERS.value,
-      rows=[dataclasses.asdict(row) for row in rows],
-    )
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  rows = []
+  print("| model | check | found | |\n|---|---|---|---|", flush=True)
+  for r in _all_rows():
+    passed = "ok" if r.passed else "FAILS"
+    print(f"| {r.model} | {r.check} | {r.found} | {passed} |", flush=True)
+    rows.append(r)
+    _write(rows, complete=False)
+  _write(rows, complete=True)
   if not all(row.passed for row in rows):
     sys.exit(1)
 

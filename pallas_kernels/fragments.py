@@ -76,10 +76,12 @@ class StoreOwn:
   Attributes:
     batch: B; products are `[64, 8 B]`.
     row_values: values of a sequence where they are stored.
+    may_add: whether there may be a sum already.
   """
 
   batch: int
   row_values: int
+  may_add: bool
 
   def column(self, row: Any) -> Any:
     """Returns which of a sequence's 8 columns is a row's own."""
@@ -174,10 +176,10 @@ def store_own(
     products: `[64, 8 B]` float32, or as many `[64, 8]`.
     sums: `[B, rows]` float32 in shared memory.
     u: which 8 rows of it.
-    adds: whether there is a sum already.
+    adds: whether there is a sum already; if it is known that there is not, False.
   """
   batch, row_values = sums.shape
-  what = StoreOwn(batch, row_values)
+  what = StoreOwn(batch, row_values, adds is not False)
   threads.run(
     what,
     _emit_store_own,
@@ -396,20 +398,24 @@ def _emit_store_own(what: StoreOwn, sums: Any, *args: Any) -> list[Any]:
     for n in range(len(values))
   )
   n, there = threads.sum_of_lane(lane, len(values))
-  # Who stores no sum looks at the first one and drops it. Where `q` was `adds` and
-  # `p`, ptxas 13.0 took a register that held something else for `p` in the kernel
-  # of Llama-3.1-8B at batch 3, and nothing was added (bench/LOG.md).
-  n = n * there
+  add = ""
+  if what.may_add:
+    # Who stores no sum looks at the first one and drops it. Where `q` was `adds`
+    # and `p`, ptxas 13.0 took a register that held something else for `p` in the
+    # kernel of Llama-3.1-8B at batch 3, and nothing was added (bench/LOG.md).
+    n = n * there
+    add = (
+      f"setp.ne.b32 q, $3, 0; @q ld.shared.f32 x, [${len(products) + 4}];"
+      " @q add.f32 s0, s0, x;"
+    )
   place = n // 2 * what.row_values + u * UNIT_ROWS + warp * 2 + n % 2
-  num = len(products)
   mosaic.asm(
     f"{{ .reg .pred mine, odd, p, q; .reg .f32 x, {', '.join(values)};"
     f" {threads.SUMS_SCRATCH}"
     " setp.ne.b32 mine, $0, 0; setp.ne.b32 odd, $1, 0;"
-    " setp.ne.b32 p, $2, 0; setp.ne.b32 q, $3, 0;"
+    " setp.ne.b32 p, $2, 0;"
     f" {own_products} {threads.warp_sums(values)}"
-    f" @q ld.shared.f32 x, [${num + 4}]; @q add.f32 s0, s0, x;"
-    f" @p st.shared.f32 [${num + 4}], s0; }}",
+    f" {add} @p st.shared.f32 [${len(products) + 4}], s0; }}",
     mine,
     own % 2,
     there,

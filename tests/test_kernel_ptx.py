@@ -47,9 +47,11 @@ def _scale(squares, hidden_size):
   return 1 / np.sqrt(squares.sum(1, keepdims=True) / hidden_size + _EPS)
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+  ("may_add", "adds"), [(False, False), (True, False), (True, True)]
+)
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
-def test_own_products_are_summed_up(batch, adds):
+def test_own_products_are_summed_up(batch, may_add, adds):
   products = _random(TILE, SEGMENTS * batch)
   before = _random(batch, GROUP_ROWS, seed=1)
   t = np.arange(threads.THREADS)
@@ -60,7 +62,7 @@ def test_own_products_are_summed_up(batch, adds):
   ]
   machine = ptx.Machine(threads.THREADS)
   sums = machine.array(before)
-  what = fragments.StoreOwn(batch, GROUP_ROWS)
+  what = fragments.StoreOwn(batch, GROUP_ROWS, may_add)
   machine.run(fragments._emit_store_own, what, sums, *held, 5, int(adds))
   r = np.arange(TILE)
   own = np.stack(
