@@ -4,10 +4,11 @@ For every model, in a process of its own and several at once: logits, new keys
 and values against a float32 reference over batches and positions, after keys and
 values of a text if the weights are a checkpoint's, else after random ones; noise
 beyond the live length; repeated launches bit by bit. Where asked for: long greedy
-runs, and KL and NLL on real text. Prints one table and exits with 1 if a check
-fails.
+runs, and KL and NLL on real text. Prints and writes each row when it is found, and
+exits with 1 if a check fails.
 
   python -m bench.check_fused --output=bench/results/h100/check_fused.json
+  python -m bench.check_fused --model=llama-2-7b --num_hidden_layers=2 --check=steps
   python -m bench.check_fused --model=smollm2-135m --check=greedy,text \
     --checkpoint=checkpoints/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 """
@@ -32,10 +33,10 @@ from absl import app, flags
 
 import ffjax
 from bench.models import MODELS as _FIVE
+from bench.models import SHAPES
 from ffjax import packed, stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
-from ffjax.presets import PRESETS
 from pallas_kernels import geometry
 
 # The other ratios of query to KV heads, 1 and 8, in small models.
@@ -50,49 +51,6 @@ MODELS = {
   "group-8": dataclasses.replace(
     _SMALL, num_attention_heads=16, num_key_value_heads=2, head_dim=128
   ),
-}
-# Shapes of other models that people run.
-_TINYLLAMA = dataclasses.replace(
-  MODELS["smollm2-135m"],
-  vocab_size=32000,
-  hidden_size=2048,
-  intermediate_size=5632,
-  num_attention_heads=32,
-  num_key_value_heads=4,
-  tie_word_embeddings=False,
-)
-_LLAMA_2_7B = dataclasses.replace(
-  _TINYLLAMA,
-  hidden_size=4096,
-  intermediate_size=11008,
-  num_key_value_heads=32,
-  head_dim=128,
-)
-SHAPES = {
-  "smollm2-360m": dataclasses.replace(
-    MODELS["smollm2-135m"],
-    hidden_size=960,
-    intermediate_size=2560,
-    num_attention_heads=15,
-    num_key_value_heads=5,
-  ),
-  "smollm2-1.7b": dataclasses.replace(
-    MODELS["smollm2-135m"],
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-  ),
-  "tinyllama-1.1b": _TINYLLAMA,
-  "llama-2-7b": _LLAMA_2_7B,
-  "llama-2-13b": dataclasses.replace(
-    _LLAMA_2_7B,
-    hidden_size=5120,
-    intermediate_size=13824,
-    num_attention_heads=40,
-    num_key_value_heads=40,
-  ),
-  "llama-3.1-70b": PRESETS["llama-3.1-70b"],
 }
 _CHECKS = ("steps", "long", "launches", "greedy", "endless", "text")
 
@@ -225,9 +183,8 @@ def _make_cache(
 
   What is not live has standard deviation `beyond`.
   """
-  shape = dataclasses.replace(model.config, dtype="bfloat16")
   return _fill_cache(
-    shape,
+    model.config,
     capacity,
     jnp.asarray(positions, jnp.int32),
     beyond,
@@ -649,6 +606,8 @@ def main(argv: list[str]) -> None:
   """Runs the checks, prints the table, writes the file."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  if _NUM_LAYERS.value is not None and _CHECKPOINT.value is not None:
+    raise app.UsageError("--num_hidden_layers: a checkpoint has its own")
   unknown = set(_CHECK.value) - set(_CHECKS)
   if unknown:
     raise app.UsageError(f"--check: {sorted(unknown)} are not of {_CHECKS}")

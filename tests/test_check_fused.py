@@ -3,6 +3,7 @@
 In a process of its own: its flags are not those of the command line.
 """
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -77,3 +78,52 @@ def test_a_text_that_is_too_short_is_an_error(tmp_path):
   short.write_text("And the LORD", encoding="utf-8")
   done = _run("none", f"--text={short}", *_TEXT)
   assert f"{short} has 13 tokens, not 71" in done.stderr
+
+
+def test_what_was_found_before_a_failure_is_written(tmp_path):
+  output = tmp_path / "rows.json"
+  program = """
+import sys
+from absl import flags
+from bench import check_fused
+
+def stops(name):
+  yield check_fused.Row(name, "the first", "as it should be", True)
+  raise RuntimeError("and then the machine went")
+
+flags.FLAGS(sys.argv)
+check_fused._run_model = stops
+check_fused.main(sys.argv[:1])
+"""
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", program, "--in_process", "--model=tiny-llama"),
+      f"--output={output}",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    check=False,
+  )
+  assert "| tiny-llama | the first | as it should be | ok |" in done.stdout
+  assert "the machine went" in done.stderr
+  found = json.loads(output.read_text(encoding="utf-8"))
+  assert [row["check"] for row in found["rows"]] == ["the first"]
+  assert found["complete"] is False
+
+
+def test_a_checkpoint_has_its_own_layers():
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "bench.check_fused", "--num_hidden_layers=1"),
+      "--checkpoint=checkpoints/tiny_llama",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    check=False,
+  )
+  assert done.returncode != 0
+  assert "--num_hidden_layers: a checkpoint has its own" in (
+    done.stdout + done.stderr
+  )
