@@ -56,7 +56,11 @@ def check_unused(given: str | os.PathLike[str]) -> pathlib.Path:
   directory = checked_path(given)
   if not os.fspath(given):
     raise CheckpointError("the directory to save to has no name")
-  if "\0" in str(directory):
+  try:
+    is_name = b"\0" not in os.fsencode(directory)
+  except UnicodeEncodeError:  # Half of a pair of surrogates.
+    is_name = False
+  if not is_name:
     raise CheckpointError(f"{str(directory)!r} is no name of a directory")
   for name in ("config.json", safetensors_file.SINGLE_NAME):
     if (directory / name).exists():

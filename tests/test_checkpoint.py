@@ -698,7 +698,7 @@ def test_save_keeps_what_is_there(name, tmp_path):
   assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["", "a\0b"])
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800"])
 def test_save_to_what_is_no_name(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(CheckpointError, match="no name"):
