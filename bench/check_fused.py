@@ -19,6 +19,7 @@ import datetime
 import functools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -533,51 +534,70 @@ def _run_model(name: str) -> Iterator[Row]:
     yield from _RUN[check](name, model)
 
 
-def _run_in_process(name: str) -> list[Row]:
-  """Runs one model in a process of its own."""
+def _command(name: str, output: pathlib.Path) -> list[str]:
+  """Returns what runs one model in a process of its own."""
+  given = (_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS, _NUM_LAYERS)
+  return [
+    *(sys.executable, "-m", "bench.check_fused", "--in_process"),
+    *(f"--model={name}", f"--output={output}"),
+    *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
+    *(f"--tokens={_TOKENS.value}", f"--launches={_LAUNCHES.value}"),
+    *(f"--batch={batch}" for batch in _BATCH.value or ()),
+    *(f"--{flag.name}={flag.value}" for flag in given if flag.value),
+  ]
+
+
+def _run_in_process(
+  name: str, running: set[subprocess.Popen[str]]
+) -> list[Row]:
+  """Runs one model in a process of its own, which is in `running` meanwhile."""
+  found: dict[str, Any] = dict(rows=[], complete=False)
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / "rows.json"
-    command = [
-      *(
-        sys.executable,
-        "-m",
-        "bench.check_fused",
-        "--in_process",
-        f"--model={name}",
-      ),
-      *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
-      *(f"--tokens={_TOKENS.value}", f"--launches={_LAUNCHES.value}"),
-      *(f"--batch={batch}" for batch in _BATCH.value or ()),
-      f"--output={output}",
-    ]
-    command += [
-      f"--{flag.name}={flag.value}"
-      for flag in (
-        *(_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS, _NUM_LAYERS),
-      )
-      if flag.value
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found: dict[str, Any] = dict(rows=[], complete=False)
+    process = subprocess.Popen(
+      _command(name, output),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    running.add(process)
+    _, stderr = process.communicate()
+    running.discard(process)
     if output.exists():
       found = json.loads(output.read_text(encoding="utf-8"))
   rows = [Row(**row) for row in found["rows"]]
   if not found["complete"]:
-    reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    reason = stderr.strip().splitlines()[-1:] or [f"exit {process.returncode}"]
     rows.append(Row(name, "the rest", f"FAILED: {reason[0][:300]}", False))
   return rows
 
 
 def _all_rows() -> Iterator[Row]:
-  """Runs the checks; rows come as they are found."""
+  """Runs the checks; rows come as they are found.
+
+  If this process is asked to end, those that it has begun end first, and what they
+  have found comes, too.
+  """
   if _IN_PROCESS.value:
     for name in _MODEL.value:
       yield from _run_model(name)
     return
+  running: set[subprocess.Popen[str]] = set()
   with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    runs = [pool.submit(_run_in_process, name) for name in _MODEL.value]
-    for run in concurrent.futures.as_completed(runs):
-      yield from run.result()
+    runs = {pool.submit(_run_in_process, x, running) for x in _MODEL.value}
+    try:
+      for run in concurrent.futures.as_completed(set(runs)):
+        runs.discard(run)
+        yield from run.result()
+    except SystemExit:
+      begun = {run for run in runs if not run.cancel()}
+      # Not asked, since a compiler does not listen.
+      while concurrent.futures.wait(begun, timeout=0.1).not_done:
+        for process in list(running):
+          process.kill()
+      for run in begun:
+        yield from run.result()
+      raise
 
 
 def _write(rows: list[Row], complete: bool) -> None:
@@ -599,7 +619,10 @@ def _write(rows: list[Row], complete: bool) -> None:
   )
   path = pathlib.Path(_OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  # Whoever is killed leaves the file of before.
+  unfinished = path.with_name(path.name + ".unfinished")
+  unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  unfinished.replace(path)
 
 
 def main(argv: list[str]) -> None:
@@ -611,6 +634,7 @@ def main(argv: list[str]) -> None:
   unknown = set(_CHECK.value) - set(_CHECKS)
   if unknown:
     raise app.UsageError(f"--check: {sorted(unknown)} are not of {_CHECKS}")
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   rows = []
   print("| model | check | found | |\n|---|---|---|---|", flush=True)
   for r in _all_rows():

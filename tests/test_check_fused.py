@@ -4,9 +4,12 @@ In a process of its own: its flags are not those of the command line.
 """
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -127,3 +130,50 @@ def test_a_checkpoint_has_its_own_layers():
   assert "--num_hidden_layers: a checkpoint has its own" in (
     done.stdout + done.stderr
   )
+
+
+def test_who_is_asked_to_end_ends_what_it_began_and_keeps_its_rows(tmp_path):
+  output = tmp_path / "rows.json"
+  # The other process finds one row and then sleeps.
+  program = """
+import sys
+from absl import flags
+from bench import check_fused
+
+other = '''
+import json, os, pathlib, sys, time
+row = dict(model="tiny-llama", check=str(os.getpid()), found="", passed=True)
+rows = json.dumps(dict(rows=[row], complete=False))
+pathlib.Path(sys.argv[1]).write_text(rows)
+pathlib.Path(sys.argv[2]).touch()
+time.sleep(600)
+'''
+begun = sys.argv.pop()
+check_fused._command = lambda name, output: (
+  [sys.executable, "-c", other, str(output), begun]
+)
+flags.FLAGS(sys.argv)
+check_fused.main(sys.argv[:1])
+"""
+  begun = tmp_path / "begun"
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-c", program, "--model=tiny-llama"),
+      *("--model=group-1", "--jobs=1", f"--output={output}", str(begun)),
+    ],
+    cwd=_ROOT,
+  )
+  try:
+    while not begun.exists():
+      assert process.poll() is None
+      time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+  finally:
+    process.kill()
+  found = json.loads(output.read_text(encoding="utf-8"))
+  pid, rest = (row["check"] for row in found["rows"])
+  assert rest == "the rest"
+  assert found["complete"] is False
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(pid), 0)
