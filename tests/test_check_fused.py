@@ -28,6 +28,9 @@ def step(model, token_ids, cache, *, name):
     return real(model, token_ids, cache, name=name)
   if sys.argv[1] == "another token":
     token_ids = token_ids + 1
+  if sys.argv[1] == "no number":
+    logits, after, ids = real(model, token_ids, cache, name="reference")
+    return logits / 0 * 0, after, ids
   if sys.argv[1] == "what is not live":
     cache = dataclasses.replace(cache, lengths=cache.lengths + 1)
   logits, after, ids = real(model, token_ids, cache, name="reference")
@@ -43,14 +46,18 @@ for row in check_fused.check_steps("tiny", model, {2: (128, [(3, 70)])}):
 _TEXT = ["--checkpoint=checkpoints/tiny_llama"]
 
 
-def _run(fault, *flags):
+def _python(*arguments):
   return subprocess.run(
-    [sys.executable, "-c", _PROGRAM, fault, *flags],
+    [sys.executable, *arguments],
     capture_output=True,
     text=True,
     cwd=_ROOT,
     check=False,
   )
+
+
+def _run(fault, *flags):
+  return _python("-c", _PROGRAM, fault, *flags)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,7 @@ def _run(fault, *flags):
     ("none", _TEXT, [True, True]),
     ("another token", _TEXT, [False, True]),
     ("what is not live", _TEXT, [False, False]),
+    ("no number", _TEXT, [False, False]),
   ],
 )
 def test_steps_are_checked(fault, flag, passes):
@@ -98,16 +106,8 @@ flags.FLAGS(sys.argv)
 check_fused._run_model = stops
 check_fused.main(sys.argv[:1])
 """
-  done = subprocess.run(
-    [
-      *(sys.executable, "-c", program, "--in_process", "--model=tiny-llama"),
-      f"--output={output}",
-    ],
-    capture_output=True,
-    text=True,
-    cwd=_ROOT,
-    check=False,
-  )
+  flags = ["--in_process", "--model=tiny-llama", f"--output={output}"]
+  done = _python("-c", program, *flags)
   assert "| tiny-llama | the first | as it should be | ok |" in done.stdout
   assert "the machine went" in done.stderr
   found = json.loads(output.read_text(encoding="utf-8"))
@@ -116,16 +116,8 @@ check_fused.main(sys.argv[:1])
 
 
 def test_a_checkpoint_has_its_own_layers():
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "bench.check_fused", "--num_hidden_layers=1"),
-      "--checkpoint=checkpoints/tiny_llama",
-    ],
-    capture_output=True,
-    text=True,
-    cwd=_ROOT,
-    check=False,
-  )
+  flags = ["--num_hidden_layers=1", "--checkpoint=checkpoints/tiny_llama"]
+  done = _python("-m", "bench.check_fused", *flags)
   assert done.returncode != 0
   assert "--num_hidden_layers: a checkpoint has its own" in (
     done.stdout + done.stderr
@@ -143,7 +135,7 @@ from bench import check_fused
 other = '''
 import json, os, pathlib, sys, time
 row = dict(model="tiny-llama", check=str(os.getpid()), found="", passed=True)
-rows = json.dumps(dict(rows=[row], complete=False))
+rows = json.dumps(dict(device="theirs", rows=[row], complete=False))
 pathlib.Path(sys.argv[1]).write_text(rows)
 pathlib.Path(sys.argv[2]).touch()
 time.sleep(600)
@@ -172,6 +164,7 @@ check_fused.main(sys.argv[:1])
   finally:
     process.kill()
   found = json.loads(output.read_text(encoding="utf-8"))
+  assert found["device"] == "theirs"
   pid, rest = (row["check"] for row in found["rows"])
   assert rest == "the rest"
   assert found["complete"] is False
