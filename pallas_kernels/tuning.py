@@ -9,9 +9,9 @@ has what it found.
 # CTAs exchange too. Of each device, by the width D from which on it holds.
 _IN_FLIGHT = {
   "NVIDIA H100 80GB HBM3": {1: 2, 4096: 3},
-  # 1B: 2 and 3 alike (bench/results/h200/tune). Wider ones are not measured: as many
-  # more as its memory is faster at the same latency.
-  "NVIDIA H200": {1: 3, 4096: 4},
+  # 1B: 2 to 3 alike, 2 the steadier (bench/results/h200/tune). Wider ones are not
+  # measured: as many more as its memory is faster at the same latency.
+  "NVIDIA H200": {1: 2, 4096: 4},
 }
 # Likewise of the LM head: nobody waits for words then. An H100's memory is busy with
 # 3 to 4; an H200's is half as fast again.
