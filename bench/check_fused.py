@@ -33,6 +33,7 @@ import numpy as np
 from absl import app, flags
 
 import ffjax
+from bench import environment
 from bench.models import MODELS as _FIVE
 from bench.models import SHAPES
 from ffjax import stepping
@@ -84,6 +85,9 @@ _LAUNCHES = flags.DEFINE_integer("launches", 1000, "How many `launches` makes.")
 _JOBS = flags.DEFINE_integer("jobs", 7, "Processes at once.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _IN_PROCESS = flags.DEFINE_bool("in_process", False, "No further processes.")
+_COMMIT = flags.DEFINE_string(
+  "commit", None, "Commit of this tree, where it is a copy without .git."
+)
 
 # Batch: capacity and the positions of its sequences, one step each.
 _Steps = dict[int, tuple[int, list[tuple[int, ...]]]]
@@ -525,10 +529,11 @@ def _run_model(name: str) -> Iterator[Row]:
 
 def _command(name: str, output: pathlib.Path) -> list[str]:
   """Returns what runs one model in a process of its own."""
+  commit = environment.commit(_COMMIT.value)["hash"] or "unknown"
   given = (_CHECKPOINT, _FORMAT, _HEAD_FORMAT, _OWN_BITS, _NUM_LAYERS)
   return [
     *(sys.executable, "-m", "bench.check_fused", "--in_process"),
-    *(f"--model={name}", f"--output={output}"),
+    *(f"--model={name}", f"--output={output}", f"--commit={commit}"),
     *(f"--check={','.join(_CHECK.value)}", f"--text={_TEXT.value}"),
     *(f"--tokens={_TOKENS.value}", f"--launches={_LAUNCHES.value}"),
     *(f"--batch={batch}" for batch in _BATCH.value or ()),
@@ -592,15 +597,12 @@ def _run_all() -> Iterator[_Found]:
       raise
 
 
-def _write(device: str | None, rows: list[Row], complete: bool) -> None:
+def _write(about: dict[str, Any], rows: list[Row], complete: bool) -> None:
   """Writes what has been found so far, if a file is asked for."""
   if _OUTPUT.value is None:
     return
-  result: dict[str, Any] = dict(
-    date=datetime.date.today().isoformat(),
-    device=device,
-    jax=jax.__version__,
-    ffjax=ffjax.__version__,
+  result = dict(
+    **about,
     weights=_CHECKPOINT.value and pathlib.Path(_CHECKPOINT.value).name,
     format=_FORMAT.value,
     head_format=_HEAD_FORMAT.value,
@@ -626,17 +628,23 @@ def main(argv: list[str]) -> None:
   unknown = set(_CHECK.value) - set(_CHECKS)
   if unknown:
     raise app.UsageError(f"--check: {sorted(unknown)} are not of {_CHECKS}")
+  about: dict[str, Any] = dict(
+    date=datetime.date.today().isoformat(),
+    device=None,
+    versions=environment.versions(),
+    commit=environment.commit_for(_OUTPUT.value, _COMMIT.value),
+  )
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  device, rows = None, []
+  rows: list[Row] = []
   print("| model | check | found | |\n|---|---|---|---|", flush=True)
   for found_on, found in _run_all():
-    device = found_on or device
+    about["device"] = found_on or about["device"]
     for r in found:
       passed = "ok" if r.passed else "FAILS"
       print(f"| {r.model} | {r.check} | {r.found} | {passed} |", flush=True)
     rows += found
-    _write(device, rows, complete=False)
-  _write(device, rows, complete=True)
+    _write(about, rows, complete=False)
+  _write(about, rows, complete=True)
   if not all(row.passed for row in rows):
     sys.exit(1)
 

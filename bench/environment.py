@@ -7,6 +7,7 @@ import subprocess
 from typing import Any
 
 import jax
+from absl import app
 
 import ffjax
 
@@ -127,3 +128,19 @@ def commit(given: str | None = None) -> dict[str, Any]:
     hash=head and head.strip(),
     dirty=None if changed is None else bool(changed.strip()),
   )
+
+
+def commit_for(output: str | None, given: str | None = None) -> dict[str, Any]:
+  """Returns the state of the repository, for a file of results.
+
+  Args:
+    output: the file, if one is asked for.
+    given: as `commit` takes it.
+
+  Raises:
+    UsageError: if a file is asked for and nobody knows the commit.
+  """
+  found = commit(given)
+  if output is not None and found["hash"] is None:
+    raise app.UsageError("there is no .git here: say which --commit this is")
+  return found

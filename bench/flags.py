@@ -61,10 +61,7 @@ def commit(argv: list[str], output: str | None = None) -> dict[str, Any]:
   """
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  found = environment.commit(COMMIT.value)
-  if (output or OUTPUT.value) is not None and found["hash"] is None:
-    raise app.UsageError("there is no .git here: say which --commit this is")
-  return found
+  return environment.commit_for(output or OUTPUT.value, COMMIT.value)
 
 
 def values(*holders: flags.FlagHolder) -> dict[str, Any]:

@@ -107,12 +107,13 @@ check_fused._run_model = stops
 check_fused.main(sys.argv[:1])
 """
   flags = ["--in_process", "--model=tiny-llama", f"--output={output}"]
-  done = _python("-c", program, *flags)
+  done = _python("-c", program, *flags, "--commit=abc123")
   assert "| tiny-llama | the first | as it should be | ok |" in done.stdout
   assert "the machine went" in done.stderr
   found = json.loads(output.read_text(encoding="utf-8"))
   assert [row["check"] for row in found["rows"]] == ["the first"]
   assert found["complete"] is False
+  assert found["commit"]["hash"] == "abc123"
 
 
 def test_a_checkpoint_has_its_own_layers():
@@ -151,7 +152,8 @@ check_fused.main(sys.argv[:1])
   process = subprocess.Popen(
     [
       *(sys.executable, "-c", program, "--model=tiny-llama"),
-      *("--model=group-1", "--jobs=1", f"--output={output}", str(begun)),
+      *("--model=group-1", "--jobs=1", "--commit=abc123"),
+      *(f"--output={output}", str(begun)),
     ],
     cwd=_ROOT,
   )
