@@ -9,13 +9,12 @@ has what it found.
 # CTAs exchange too. Of each device, by the width D from which on it holds.
 _IN_FLIGHT = {
   "NVIDIA H100 80GB HBM3": {1: 2, 4096: 3},
-  # 1B: 2 to 3 alike, 2 the steadier (bench/results/h200/tune). Wider ones are not
-  # measured: as many more as its memory is faster at the same latency.
-  "NVIDIA H200": {1: 2, 4096: 4},
+  # The same, by measuring (bench/results/h200/tune), although its memory is faster.
+  "NVIDIA H200": {1: 2, 4096: 3},
 }
 # Likewise of the LM head: nobody waits for words then. An H100's memory is busy with
-# 3 to 4; an H200's is half as fast again.
-_HEAD_IN_FLIGHT = {"NVIDIA H100 80GB HBM3": 4, "NVIDIA H200": 6}
+# 3 to 4; on an H200 1 to 8 are alike.
+_HEAD_IN_FLIGHT = {"NVIDIA H100 80GB HBM3": 4, "NVIDIA H200": 4}
 # Where a second warpgroup computes: D, padded to whole chunks, whether weights
 # are of few bits, and B. It is worth it where computing, or receiving activations,
 # is what memory waits for; else its meetings only cost, as at D = 4,096. Only what
