@@ -13,7 +13,7 @@ from ffjax import stepping
 from ffjax.cache import KVCache, check_fits, rounded_capacity
 from ffjax.errors import RequestError
 from ffjax.implementation import resolve
-from ffjax.params import Model
+from ffjax.params import Model, check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,7 @@ def compare(
     RequestError: if an implementation cannot run here or a prompt is too short
       or out of range.
   """
+  check_model(model)
   if isinstance(implementations, str) or len(implementations) != 2:
     raise RequestError(f"implementations={implementations!r} must be two names")
   prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=0)

@@ -16,8 +16,9 @@ import numpy as np
 from ffjax import prompts as prompts_lib
 from ffjax.cache import KVCache, check_fits, rounded_capacity
 from ffjax.compare import Comparison, Divergence, compare
+from ffjax.errors import RequestError
 from ffjax.implementation import resolve
-from ffjax.params import Model
+from ffjax.params import Model, check_model
 from ffjax.prompts import Prompts
 from ffjax.sampling import Sampling
 from ffjax.stepping import (
@@ -92,9 +93,13 @@ def _checked(
   prompts: Prompts,
   max_new_tokens: int,
   implementation: str,
+  sampling: Sampling,
   stop_on_eos: bool,
   capacity: int | None,
 ) -> _Request:
+  check_model(model)
+  if not isinstance(sampling, Sampling):
+    raise RequestError(f"sampling={sampling!r} is not a decode.Sampling")
   prompts_lib.check_count("max_new_tokens", max_new_tokens, at_least=1)
   if capacity is not None:
     prompts_lib.check_count("capacity", capacity, at_least=1)
@@ -149,7 +154,13 @@ def generate(
       does not fit on the device.
   """
   request = _checked(
-    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+    model,
+    prompts,
+    max_new_tokens,
+    implementation,
+    sampling,
+    stop_on_eos,
+    capacity,
   )
   begin = time.perf_counter()
   state = prefill(
@@ -211,7 +222,13 @@ def warm_up(
     RequestError: as `generate`.
   """
   request = _checked(
-    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+    model,
+    prompts,
+    max_new_tokens,
+    implementation,
+    sampling,
+    stop_on_eos,
+    capacity,
   )
   lowered = prefill.lower(
     model,
@@ -263,7 +280,13 @@ def stream(
     RequestError: as `generate`.
   """
   request = _checked(
-    model, prompts, max_new_tokens, implementation, stop_on_eos, capacity
+    model,
+    prompts,
+    max_new_tokens,
+    implementation,
+    sampling,
+    stop_on_eos,
+    capacity,
   )
   return _stream(model, request, max_new_tokens, sampling)
 

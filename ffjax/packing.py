@@ -21,7 +21,7 @@ from ffjax import device_memory, packed, prompts
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams, Path
-from ffjax.params import Model
+from ffjax.params import Model, check_model
 from ffjax.quantized import Format, QuantizedMatrix
 from pallas_kernels import formats, geometry
 
@@ -127,6 +127,7 @@ def pack(model: Model, num_ctas: int | None = None) -> Model:
       count, or its memory does not hold the largest group, packed, beside the
       model. The argument is then as it was.
   """
+  check_model(model)
   if isinstance(model.params, PackedParams):
     if num_ctas not in (None, model.params.num_ctas):
       raise RequestError(
@@ -194,6 +195,7 @@ def unpack(model: Model) -> Model:
     RequestError: if the device's memory does not hold an unpacked group beside
       the model. The argument is then as it was.
   """
+  check_model(model)
   params = model.params
   if not isinstance(params, PackedParams):
     return model

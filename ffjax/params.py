@@ -242,6 +242,13 @@ def matrix_formats(
   return found
 
 
+def check_model(model: object) -> None:
+  """Raises a RequestError if that is not a model, but, say, its path."""
+  if not isinstance(model, Model):
+    kind = type(model).__name__
+    raise RequestError(f"model must be what ffjax.load returns, not {kind}")
+
+
 def random_model(
   config: LlamaConfig,
   seed: int = 0,
@@ -267,6 +274,9 @@ def random_model(
     RequestError: if the dtype or a format is not supported, or the model does
       not fit.
   """
+  if not isinstance(config, LlamaConfig):
+    kind = type(config).__name__
+    raise RequestError(f"config must be a LlamaConfig, not {kind}")
   dtype = checked_dtype(dtype)
   formats = {}
   if format_name is not None or head_format is not None:

@@ -17,7 +17,7 @@ from ffjax import gptq, prompts, quantized_model, rounding
 from ffjax.config import LlamaConfig
 from ffjax.errors import RequestError
 from ffjax.packed import PackedParams
-from ffjax.params import Model, matrix_formats
+from ffjax.params import Model, check_model, matrix_formats
 from ffjax.prompts import Prompts
 from ffjax.quantized import Format, QuantizedMatrix
 
@@ -56,6 +56,7 @@ def quantize(
       the model's sizes, or what is to be quantised is packed or quantised
       already.
   """
+  check_model(model)
   if isinstance(model.params, PackedParams):
     raise RequestError("the model is packed: quantise it before")
   if method not in METHODS:

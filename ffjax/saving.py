@@ -11,7 +11,7 @@ import safetensors.numpy
 from ffjax import packing, params, quantized_saving, safetensors_file
 from ffjax.checkpoint import checked_path, common_dtype
 from ffjax.errors import CheckpointError
-from ffjax.params import Leaf, Model
+from ffjax.params import Leaf, Model, check_model
 from ffjax.quantized import QuantizedMatrix
 
 
@@ -34,6 +34,7 @@ def save(
     CheckpointError: if the directory holds a checkpoint or cannot be written,
       or a quantised model is none that compressed-tensors has.
   """
+  check_model(model)
   directory = check_unused(directory)
   config = _saved_config(model)
   try:

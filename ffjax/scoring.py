@@ -10,7 +10,7 @@ import numpy as np
 from ffjax.cache import KVCache
 from ffjax.errors import RequestError
 from ffjax.implementation import reference_hidden, reference_logits
-from ffjax.params import Model
+from ffjax.params import Model, check_model
 
 
 def token_nll(
@@ -65,6 +65,7 @@ def bits_per_byte(
     RequestError: if the model has no tokenizer, there is no text, or a window
       has no tokens.
   """
+  check_model(model)
   if model.tokenizer is None:
     raise RequestError("the model has no tokenizer")
   if not any(texts):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 import ffjax
-from ffjax import cache, decode, device_memory, implementation, stepping
+from ffjax import (
+  cache,
+  decode,
+  device_memory,
+  implementation,
+  scoring,
+  stepping,
+)
 from ffjax.errors import RequestError
 from ffjax.sampling import choose
 
@@ -413,6 +420,7 @@ def test_auto_is_the_reference_here_and_fused_says_what_is_missing(model):
     ([1] * 100, {"max_new_tokens": 29}, "more than max_position_embeddings"),
     ([1] * 10, {"max_new_tokens": 9, "capacity": 18}, "more than capacity=18"),
     ([1], {"capacity": 64.0}, "capacity=64.0 is not an integer"),
+    ([1], {"sampling": 0.7}, "sampling=0.7 is not a decode.Sampling"),
   ],
 )
 def test_errors_name_the_argument(make_config, prompts, options, message):
@@ -420,6 +428,30 @@ def test_errors_name_the_argument(make_config, prompts, options, message):
   for function in (decode.generate, decode.stream, decode.warm_up):
     with pytest.raises(RequestError, match=message):
       function(model, prompts, **options)
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda x: decode.generate(x, [1]),
+    lambda x: decode.stream(x, [1]),
+    lambda x: decode.warm_up(x, [1]),
+    lambda x: decode.compare(x, [1, 2]),
+    lambda x: scoring.bits_per_byte(x, ["a text"]),
+    lambda x: ffjax.pack(x),
+    lambda x: ffjax.unpack(x),
+    lambda x: ffjax.quantize(x, "int8"),
+    lambda x: ffjax.save(x, "never made"),
+  ],
+)
+def test_a_path_in_the_place_of_a_model_is_one_clear_error(call):
+  with pytest.raises(RequestError, match="ffjax.load returns, not str"):
+    call("checkpoints/tiny_llama")
+
+
+def test_a_name_in_the_place_of_a_config_is_one_clear_error():
+  with pytest.raises(RequestError, match="must be a LlamaConfig, not str"):
+    ffjax.random_model("llama-3.2-1b")
 
 
 def test_wide_integers_are_accepted(make_config):
