@@ -144,7 +144,9 @@ def main(argv: list[str]) -> None:
   else:
     print(
       f"{found.per_step:.1f} launches per step; {found.longest} takes"
-      f" {found.longest_us:.1f} us, {found.gap_us:.1f} us to the next"
+      f" {found.longest_us:.1f} us, {found.gap_us:.1f} us to the next, in the"
+      f" mean {found.mean_gap_us:.1f} us, {found.mean_gap_us / whole_ms / 10:.2f}%"
+      " of a step"
     )
 
 

@@ -71,6 +71,7 @@ class Launches:
     longest: the name of the kernel that takes most of the time.
     longest_us: median of its durations.
     gap_us: median time from its end to its next beginning.
+    mean_gap_us: mean of these, with the host's looks at a loop between them.
     us_per_step: time on the device by name.
   """
 
@@ -78,6 +79,7 @@ class Launches:
   longest: str
   longest_us: float
   gap_us: float
+  mean_gap_us: float
   us_per_step: dict[str, float]
 
 
@@ -115,6 +117,7 @@ def launches(
     longest=longest,
     longest_us=float(np.median([e.duration_us for e in own])),
     gap_us=float(np.median(gaps)) if gaps else 0.0,
+    mean_gap_us=float(np.mean(gaps)) if gaps else 0.0,
     us_per_step={
       name: (total - before.get(name, 0.0)) / num_steps
       for name, total in after.items()

@@ -612,10 +612,15 @@ def _trace(num_steps):
 
 def test_launches_are_counted_on_streams_only():
   few, many = (trace.events_of(_trace(n)) for n in (4, 8))
+  # The host looked before the last one.
+  many[-2:] = [
+    dataclasses.replace(e, begin_us=e.begin_us + 70) for e in many[-2:]
+  ]
   assert len(few) == 1 + 2 * 4
   found = trace.launches(few, many, 4)
   assert found.per_step == 2
   assert (found.longest, found.longest_us, found.gap_us) == ("fused", 90, 10)
+  assert found.mean_gap_us == 20
   assert found.us_per_step == {"start": 0, "fused": 90, "pad": 3}
   assert trace.launches([], [], 4) is None
 
