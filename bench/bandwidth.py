@@ -5,8 +5,6 @@
 `--ceiling_bytes` says how large the array is.
 """
 
-from absl import app
-
 from bench import ceilings, environment, flags, harness
 
 
@@ -29,4 +27,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

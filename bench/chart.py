@@ -145,7 +145,7 @@ def _published(device: str, group: Group, groups: list[Group]) -> list[Bar]:
 
 def draw(groups: dict[Group, list[Bar]], device: str) -> Drawing:
   """Draws the groups below each other, each to its own scale."""
-  title = f"ms per decode step, batch 1, bf16, {device.upper()}"
+  title = f"ms per decode step, batch 1, {device.upper()}"
   picture = Drawing(title)
   picture.text(16, 24, title, size=15, bold=True)
   light, dark = _COLORS["ours"]

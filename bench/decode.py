@@ -2,20 +2,22 @@
 
 A step is token ids in, embedding, all layers, final norm, LM head, choice of
 the next token ids. Weights are random and of true shape; the prompt is random
-tokens. The same process checks the logits against float32 (`bench.checks`)
-before it times anything, and measures what the device can read, so that the
-figures can be judged. Several implementations take turns, loop by loop.
+tokens. The same process checks logits against float32 before it times anything, and
+then every step of the loops (`bench.checks`); it measures what the device can read,
+so that the figures can be judged. Several implementations and batches take turns,
+loop by loop.
 
   python -m bench.decode --preset=llama-3.2-1b --implementation=fused,reference \
-    --prompt=32,1024 --output=FILE.json
+    --prompt=32,1024 --batch=1,8 --output=FILE.json
 """
 
+import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
 import ffjax
@@ -27,6 +29,7 @@ from ffjax.cache import rounded_capacity
 from ffjax.errors import RequestError
 from ffjax.implementation import resolve
 from ffjax.packed import PackedParams
+from ffjax.params import matrix_formats
 from ffjax.sampling import Sampling
 
 _DTYPE = absl_flags.DEFINE_string("dtype", "bfloat16", "Dtype of the weights.")
@@ -106,20 +109,30 @@ def make_models(
   return models, took
 
 
-def measure(
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+  """What is timed after one batch of prompts; mappings go by implementation.
+
+  Attributes:
+    shape: of the loops.
+    candidates: the loops.
+    checked: their steps before they run.
+    details: what else there is to say.
+  """
+
+  shape: loops.Shape
+  candidates: dict[str, loops.Loop]
+  checked: dict[str, harness.Check]
+  details: dict[str, dict[str, Any]]
+
+
+def _prepare(
   models: dict[str, ffjax.Model],
   token_ids: np.ndarray,
   num_steps: int,
   sampling: Sampling,
-  ceiling_gbps: float,
-  warm_ups: int,
-  repeats: int,
-) -> list[harness.Measurement]:
-  """Checks and times implementations on one prompt.
-
-  Raises:
-    CheckFailedError: before anything is timed, if one is not the model.
-  """
+) -> _Prepared:
+  """Runs a prompt `[B, T]` and checks implementations at its start and end."""
   batch, length = token_ids.shape
   capacity = rounded_capacity(length + num_steps)
   # All with caches of one dtype begin from one prefill, and so does the check.
@@ -146,27 +159,79 @@ def measure(
       prefill_ms=[1e3 * start.prefill_s],
       prefill_compile_s=start.compile_s,
     )
-  del checker
-  samples = harness.interleave(candidates, warm_ups, repeats)
-  for name, loop in candidates.items() if sampling.greedy else ():
+  mean_length = length + num_steps / 2
+  shape = loops.Shape(
+    batch, length, num_steps, first.bytes_per_step(batch, mean_length)
+  )
+  return _Prepared(shape, candidates, checked, details)
+
+
+def _check_loops(
+  prepared: _Prepared, first: Mapping[str, loops.LoopRun], greedy: bool
+) -> dict[str, harness.Check]:
+  """Checks every step of the loops.
+
+  Raises:
+    CheckFailedError: if one is not the model's.
+  """
+  checked, checkers = {}, {}
+  for name, loop in prepared.candidates.items():
+    # Caches of one dtype begin alike.
     state = loop.start.state
-    unlike = checks.unlike_steps(
-      loop.model, name, state.token_ids, state.cache, loop.run()[0]
-    )
-    # Of what one kernel does in both, not a bit may differ. What XLA makes of the
-    # reference in a loop may round otherwise than in a step.
-    checked[name] = checked[name].counting(
-      "unlike_steps", unlike, limited=name == "fused"
+    if id(state) not in checkers:
+      model = next(iter(prepared.candidates.values())).model
+      checkers[id(state)] = checks.LoopChecker(
+        model, state.token_ids, state.cache
+      )
+    checked[name] = checkers[id(state)].implementation(
+      name,
+      loop.model,
+      first[name].token_ids,
+      prepared.checked[name],
+      greedy=greedy,
     )
     checked[name].require(name)
-  model = next(iter(models.values()))
-  shape = loops.Shape(
-    batch,
-    length,
-    num_steps,
-    model.bytes_per_step(batch, length + num_steps / 2),
-  )
-  return loops.measurements(shape, samples, checked, ceiling_gbps, details)
+  return checked
+
+
+def measure(
+  models: dict[str, ffjax.Model],
+  prompts: Sequence[np.ndarray],
+  num_steps: int,
+  sampling: Sampling,
+  ceiling_gbps: float,
+  warm_ups: int,
+  repeats: int,
+) -> list[harness.Measurement]:
+  """Checks and times implementations, in turn, on prompts of several batches.
+
+  Raises:
+    CheckFailedError: before anything is timed, if one is not the model, or
+      after it, if its loop is not.
+  """
+  prepared = [_prepare(models, x, num_steps, sampling) for x in prompts]
+  candidates = {
+    f"{i}: {name}": loop
+    for i, one in enumerate(prepared)
+    for name, loop in one.candidates.items()
+  }
+  samples = harness.interleave(candidates, warm_ups, repeats)
+  measurements = []
+  for i, one in enumerate(prepared):
+    mine = dataclasses.replace(
+      samples,
+      first={x: samples.first[f"{i}: {x}"] for x in one.candidates},
+      timed={x: samples.timed[f"{i}: {x}"] for x in one.candidates},
+    )
+    measurements += loops.measurements(
+      one.shape,
+      mine,
+      _check_loops(one, mine.first, sampling.greedy),
+      ceiling_gbps,
+      one.details,
+      repeatable=["fused"],
+    )
+  return measurements
 
 
 def main(argv: list[str]) -> None:
@@ -180,10 +245,16 @@ def main(argv: list[str]) -> None:
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
   )
+  # What cannot run is said before anything is measured.
+  for name in names:
+    resolve(name)
+  formats = flags.FORMAT.value, flags.HEAD_FORMAT.value
+  if formats != (None, None):
+    matrix_formats(config, *formats)
   device_memory.join_pieces()
   measured = ceilings.measure(flags.CEILING_BYTES.value)
   spare = spare_bytes(
-    config, flags.BATCH.value, max(flags.prompts()), flags.STEPS.value
+    config, sum(flags.batches()), max(flags.prompts()), flags.STEPS.value
   )
   models, took = make_models(
     config,
@@ -193,18 +264,7 @@ def main(argv: list[str]) -> None:
     flags.HEAD_FORMAT.value,
     spare,
   )
-  measurements = []
-  for length in flags.prompts():
-    measurements += measure(
-      models,
-      loops.prompt(config.vocab_size, flags.BATCH.value, length),
-      flags.STEPS.value,
-      sampling,
-      measured["read_gbps"],
-      flags.WARM_UPS.value,
-      flags.REPEATS.value,
-    )
-  harness.Result(
+  result = harness.Result(
     bench="bench.decode",
     flags=flags.values(
       *flags.LOOP,
@@ -220,10 +280,26 @@ def main(argv: list[str]) -> None:
     device=environment.jax_device(),
     commit=commit,
     data={**loops.DATA, **took},
-    measurements=measurements,
+    measurements=[],
     ceilings=measured,
-  ).report(flags.OUTPUT.value)
+  )
+  for length in flags.prompts():
+    measurements = measure(
+      models,
+      [loops.prompt(config.vocab_size, b, length) for b in flags.batches()],
+      flags.STEPS.value,
+      sampling,
+      measured["read_gbps"],
+      flags.WARM_UPS.value,
+      flags.REPEATS.value,
+    )
+    # What the next prompt may fail with loses nothing.
+    result = dataclasses.replace(
+      result, measurements=[*result.measurements, *measurements]
+    )
+    result.write(flags.OUTPUT.value)
+  print(harness.table(result.to_json()["measurements"]))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

@@ -1,5 +1,6 @@
 """What a figure depends on beside the code: device, clocks, versions, commit."""
 
+import hashlib
 import importlib.metadata
 import pathlib
 import platform
@@ -107,6 +108,18 @@ def versions() -> dict[str, str | None]:
   return found
 
 
+def sources_sha256() -> str:
+  """Returns the SHA-256 of the Python files that figures depend on."""
+  digest = hashlib.sha256()
+  for package in ("bench", "ffjax", "pallas_kernels"):
+    for path in sorted((_ROOT / package).rglob("*.py")):
+      name = path.relative_to(_ROOT).as_posix()
+      content = path.read_bytes()
+      digest.update(f"{name} {len(content)}\n".encode())
+      digest.update(content)
+  return digest.hexdigest()
+
+
 def commit(given: str | None = None) -> dict[str, Any]:
   """Returns the state of the repository.
 
@@ -114,9 +127,14 @@ def commit(given: str | None = None) -> dict[str, Any]:
     given: its commit, where there is only a copy of the tree.
 
   Returns:
-    `hash`, None if it is not known, and `dirty`, whether tracked files differ
-    from it, None if that is not known.
+    `hash`, None if it is not known; `dirty`, whether tracked files differ from
+    it, None if that is not known; `sources_sha256`, which tells whether what ran
+    is what that commit has.
   """
+  return {**_commit(given), "sources_sha256": sources_sha256()}
+
+
+def _commit(given: str | None) -> dict[str, Any]:
   if given is not None:
     return dict(hash=given, dirty=None)
   top = _output("git", "rev-parse", "--show-toplevel")

@@ -290,8 +290,13 @@ class Result:
     Raises:
       CheckFailedError: if a measurement's check failed; nothing is written.
     """
-    made = self.to_json()
+    made = self.write(output)
     print(table(made["measurements"]))
+    return made
+
+  def write(self, output: str | None) -> dict[str, Any]:
+    """Does what `report` does, without the table."""
+    made = self.to_json()
     if output is not None:
       path = pathlib.Path(output)
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,11 +313,17 @@ def table(measurements: Sequence[Mapping[str, Any]]) -> str:
   for m in measurements:
     gbps = "" if m["gbps"] is None else f"{m['gbps']:.0f}"
     share = m["share_of_ceiling"]
-    worst = "; ".join(
-      f"{name} {m['check']['metrics'][name]:.3g} (at most {limit:.3g})"
-      for name, limit in m["check"]["limits"].items()
+    # Of what was allowed, that of which most was used.
+    metrics, limits = m["check"]["metrics"], m["check"]["limits"]
+    name, limit = max(
+      limits.items(), key=lambda x: metrics[x[0]] / x[1] if x[1] else 0
     )
+    worst = f"{name} {metrics[name]:.3g} (at most {limit:.3g})"
+    if len(limits) > 1:
+      worst += f", {len(limits) - 1} more"
     what = m["name"]
+    if m["details"].get("batch", 1) != 1:
+      what += f", batch {m['details']['batch']}"
     if "prompt" in m["details"]:
       what += f", prompt {m['details']['prompt']}"
     lines.append(

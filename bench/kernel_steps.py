@@ -7,6 +7,7 @@ table is made once, and no token is stored.
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ffjax
-from bench import flags, loops
+from bench import checks, flags, harness, loops
 from ffjax import packed, rope
 from ffjax.cache import KVCache
 from pallas_kernels import kernel, times
@@ -35,7 +36,7 @@ def packed_model(config: ffjax.LlamaConfig) -> ffjax.Model:
 
 @functools.partial(
   jax.jit,
-  static_argnames=("plan", "config", "timed", "steps"),
+  static_argnames=("plan", "config", "timed", "steps", "with_logits"),
   donate_argnums=(2, 3),
 )
 def _run(
@@ -48,13 +49,14 @@ def _run(
   config: Any,
   timed: bool,
   steps: int,
+  with_logits: bool,
 ) -> Any:
   cos, sin = rope.cos_sin(config, positions)
 
   def step(_: Any, carry: Any) -> Any:
     token_ids, k, v, counted = carry
     ref = jax.new_ref(jnp.zeros_like(counted)) if timed else None
-    _, token_ids, k, v = kernel.step(
+    logits, token_ids, k, v = kernel.step(
       plan,
       params.operands(),
       token_ids,
@@ -65,8 +67,10 @@ def _run(
       k,
       v,
       ref,
-      with_logits=False,
+      with_logits=with_logits,
     )
+    if with_logits and logits is not None:
+      token_ids = jnp.argmax(logits, -1).astype(jnp.int32)
     if ref is not None:
       counted = counted + jax.freeze(ref)
     return token_ids, k, v, counted
@@ -104,6 +108,8 @@ class KernelLoop:
     in_flight: chunks that a CTA asks for at a time; None is the table's choice.
     compute_wgs: warpgroups of a CTA that compute; None is the table's choice.
     head_in_flight: chunks of the LM head; None is the table's choice.
+    with_logits: whether tokens are the first choices of the step's logits, not
+      those that the kernel makes itself.
   """
 
   model: ffjax.Model
@@ -115,6 +121,7 @@ class KernelLoop:
   in_flight: int | None = None
   compute_wgs: int | None = None
   head_in_flight: int | None = None
+  with_logits: bool = False
 
   def __call__(self) -> Run:
     """Runs."""
@@ -156,6 +163,7 @@ class KernelLoop:
         config=config,
         timed=self.timed,
         steps=self.num_steps,
+        with_logits=self.with_logits,
       )
     )
     took_s = time.perf_counter() - begin
@@ -164,3 +172,33 @@ class KernelLoop:
       token_ids=np.asarray(token_ids),
       counted=np.asarray(counted, np.float64) / self.num_steps,
     )
+
+
+def check(
+  model: ffjax.Model,
+  token_ids: np.ndarray,
+  capacity: int,
+  loop: KernelLoop,
+  runs: Mapping[str, Sequence[Run]],
+) -> harness.Check:
+  """Checks what loops of the kernel ran.
+
+  Its steps with logits are those of the model, as `bench.decode` checks them; and
+  the last token of every run, each step's being the next one's input, is that of
+  a loop in which such steps choose.
+
+  Args:
+    model: packed.
+    token_ids: `[B, T]`, a prompt.
+    capacity: of the cache.
+    loop: one of those that ran.
+    runs: of each kind; all of them from the same start.
+  """
+  made = checks.Checker(model, token_ids, capacity).implementation("fused")
+  expected = dataclasses.replace(loop, timed=False, with_logits=True)()
+  differing = sum(
+    not np.array_equal(run.token_ids, expected.token_ids)
+    for of_kind in runs.values()
+    for run in of_kind
+  )
+  return made.counting("differing_runs", differing)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,11 +24,25 @@ DATA: dict[str, Any] = dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopTimes:
-  """One prefill, None if the loop began from a copy, and one loop, in seconds."""
+class LoopRun:
+  """What a loop took and gave.
+
+  Attributes:
+    prefill_s: seconds; None if the loop began from a copy.
+    loop_s: seconds.
+    token_ids: the new tokens, `[B, T]`, or `[T]` of a peer.
+  """
 
   prefill_s: float | None
   loop_s: float
+  token_ids: np.ndarray
+
+
+def differing_runs(runs: Sequence[LoopRun]) -> int:
+  """Counts runs that gave other tokens than the first one."""
+  return sum(
+    not np.array_equal(run.token_ids, runs[0].token_ids) for run in runs
+  )
 
 
 def prompt(vocab_size: int, batch: int, length: int) -> np.ndarray:
@@ -111,16 +125,12 @@ class Loop:
   num_steps: int
   sampling: Sampling
 
-  def __call__(self) -> LoopTimes:
+  def __call__(self) -> LoopRun:
     """Runs.
 
     Raises:
       CheckFailedError: if what was emitted are not that many token ids.
     """
-    return self.run()[1]
-
-  def run(self) -> tuple[np.ndarray, LoopTimes]:
-    """Runs; returns `[B, T]` new tokens, too. Raises likewise."""
     # The loop overwrites its state.
     state = jax.block_until_ready(jax.tree.map(jnp.copy, self.start.state))
     begin = time.perf_counter()
@@ -137,7 +147,7 @@ class Loop:
     end = time.perf_counter()
     shape = (len(self.start.state.token_ids), self.num_steps)
     check_tokens(emitted, shape, self.model.config.vocab_size)
-    return emitted, LoopTimes(None, end - begin)
+    return LoopRun(None, end - begin, emitted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +169,16 @@ class Shape:
 
 def measurements(
   shape: Shape,
-  samples: harness.Samples[LoopTimes],
+  samples: harness.Samples[LoopRun],
   checks: Mapping[str, harness.Check],
   ceiling_gbps: float,
   details: Mapping[str, Mapping[str, Any]],
+  repeatable: Collection[str] = (),
 ) -> list[harness.Measurement]:
   """Turns the seconds of loops into milliseconds per step.
+
+  How many timed runs gave other tokens than the first call becomes part of the
+  check.
 
   Args:
     shape: of all of them.
@@ -173,6 +187,7 @@ def measurements(
     ceiling_gbps: the read rate in this process.
     details: by name, what else there is to say of each, or instead; may lack
       names.
+    repeatable: names of which no run may differ.
   """
   return [
     harness.Measurement(
@@ -180,7 +195,11 @@ def measurements(
       unit="ms",
       samples=[1e3 * t.loop_s / shape.num_steps for t in timed],
       warm_ups=samples.warm_ups,
-      check=checks[name],
+      check=checks[name].counting(
+        "differing_runs",
+        differing_runs([samples.first[name], *timed]),
+        limited=name in repeatable,
+      ),
       clocks=samples.clocks,
       bytes_per_step=shape.bytes_per_step,
       ceiling_gbps=ceiling_gbps,
@@ -192,7 +211,10 @@ def measurements(
         "prefill_ms": [
           1e3 * t.prefill_s for t in timed if t.prefill_s is not None
         ],
-        "first_call_s": dataclasses.asdict(samples.first[name]),
+        "first_call_s": dict(
+          prefill_s=samples.first[name].prefill_s,
+          loop_s=samples.first[name].loop_s,
+        ),
         **details.get(name, {}),
       },
     )

@@ -13,7 +13,6 @@ import pathlib
 import subprocess
 import sys
 
-from absl import app
 from absl import flags as absl_flags
 
 from bench import flags, harness, published
@@ -66,19 +65,22 @@ def main(argv: list[str]) -> None:
   folder = pathlib.Path(_FOLDER.value)
   results, failed = {}, []
   for name in _RUN.value:
-    output = folder / f"{name}.json"
+    # The file of before stays until there is another.
+    output = folder / f"{name}.json.unfinished"
     output.unlink(missing_ok=True)
     print(name, flush=True)
     done = subprocess.run(command(name, output), check=False)
     result = harness.load(output) if output.exists() else None
     if done.returncode or result is None:
       failed.append(name)
+      output.unlink(missing_ok=True)
     else:
       results[name] = result
+      output.replace(folder / f"{name}.json")
   print(published.table(results, flags.PRESET.value))
   if failed:
     sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

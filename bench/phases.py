@@ -9,11 +9,11 @@ device, it says how many launches a step takes, and the gap between two kernels.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 
 import ffjax
 from bench import (
@@ -71,14 +71,13 @@ def main(argv: list[str]) -> None:
   """Checks, times, prints and writes."""
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
-  (length,) = flags.prompts()
-  batch, num_steps = flags.BATCH.value, flags.STEPS.value
+  length = flags.only(flags.PROMPT, flags.prompts())
+  batch = flags.only(flags.BATCH, flags.batches())
+  num_steps = flags.STEPS.value
   measured = ceilings.measure(flags.CEILING_BYTES.value)
   model = kernel_steps.packed_model(config)
   token_ids = loops.prompt(config.vocab_size, batch, length)
   capacity = rounded_capacity(length + num_steps)
-  checked = checks.Checker(model, token_ids, capacity).implementation("fused")
-  checked.require("fused")
   start = loops.Start.after(model, "fused", token_ids, capacity, Sampling())
   whole = loops.Loop(model, "fused", start, num_steps, Sampling())
   middle = length + num_steps // 2
@@ -86,31 +85,40 @@ def main(argv: list[str]) -> None:
     kernel_steps.KernelLoop(model, batch, middle, capacity, num_steps, timed)
     for timed in (False, True)
   )
-  kernel_ms: list[float] = []
-
-  def run_counting() -> float:
-    run = counting()
-    kernel_ms.append(phase_times.timeline(run.counted).step_us / 1e3)
-    return run.step_ms
-
+  candidates: dict[str, Callable[[], Any]] = {
+    "whole step": whole,
+    "kernel": bare,
+    "kernel, counting": counting,
+  }
   samples = harness.interleave(
-    {
-      "whole step": lambda: 1e3 * whole().loop_s / num_steps,
-      "kernel": lambda: bare().step_ms,
-      "kernel, counting": run_counting,
-    },
-    flags.WARM_UPS.value,
-    flags.REPEATS.value,
+    candidates, flags.WARM_UPS.value, flags.REPEATS.value
   )
+  steps = samples.timed["whole step"]
+  kernels = {
+    name: runs for name, runs in samples.timed.items() if name != "whole step"
+  }
+  checked = kernel_steps.check(model, token_ids, capacity, bare, kernels)
+  of_loop = checks.LoopChecker(model, start.state.token_ids, start.state.cache)
+  checked = of_loop.implementation("fused", model, steps[0].token_ids, checked)
+  checked = checked.counting(
+    "differing_loops",
+    loops.differing_runs([samples.first["whole step"], *steps]),
+  )
+  # The profiler is for what is right.
+  checked.require("fused")
   timed_ms = {
-    **samples.timed,
-    "kernel, counting, by its own clock": kernel_ms[-flags.REPEATS.value :],
+    "whole step": [1e3 * run.loop_s / num_steps for run in steps],
+    **{name: [run.step_ms for run in runs] for name, runs in kernels.items()},
+    "kernel, counting, by its own clock": [
+      phase_times.timeline(run.counted).step_us / 1e3
+      for run in kernels["kernel, counting"]
+    ],
   }
   try:
     found = traced(model, token_ids, "fused", _TRACED_STEPS)
-  except (OSError, RuntimeError) as e:
-    # The profiler is not worth losing what has been measured.
-    print(f"the profiler failed: {e}")
+  except Exception as e:
+    # Nothing that a profiler does is worth losing what has been measured.
+    print(f"the profiler failed: {e!r}")
     found = None
   launched = found and dataclasses.asdict(found)
   measurements = harness.step_measurements(
@@ -136,7 +144,7 @@ def main(argv: list[str]) -> None:
     ceilings=measured,
   ).report(flags.OUTPUT.value)
   whole_ms, bare_ms = (
-    float(np.median(samples.timed[name])) for name in ("whole step", "kernel")
+    float(np.median(timed_ms[name])) for name in ("whole step", "kernel")
   )
   print(f"outside of the kernel: {1e3 * (whole_ms - bare_ms):.1f} us per step")
   if found is None:
@@ -151,4 +159,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

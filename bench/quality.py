@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import app
 from absl import flags as absl_flags
 
 import ffjax
@@ -120,4 +119,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   absl_flags.mark_flag_as_required("checkpoint")
-  app.run(main)
+  flags.run(main)

@@ -16,12 +16,9 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
-import ffjax
 from bench import (
-  checks,
   environment,
   flags,
   harness,
@@ -41,26 +38,14 @@ _LAUNCHES = absl_flags.DEFINE_integer(
 )
 
 
-def check(
-  model: ffjax.Model,
-  token_ids: np.ndarray,
-  capacity: int,
-  runs: dict[str, list[kernel_steps.Run]],
-) -> harness.Check:
-  """Checks the logits as `bench.decode` does, and that all runs agree."""
-  made = checks.Checker(model, token_ids, capacity).implementation("fused")
-  given = [run.token_ids for of_kind in runs.values() for run in of_kind]
-  differing = sum(not np.array_equal(ids, given[0]) for ids in given)
-  return made.counting("differing_runs", differing)
-
-
 def main(argv: list[str]) -> None:
   """Runs, prints, writes and draws."""
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
   device_memory.join_pieces()
   model = kernel_steps.packed_model(config)
-  batch, position = flags.BATCH.value, _POSITION.value
+  batch = flags.only(flags.BATCH, flags.batches())
+  position = _POSITION.value
   capacity = rounded_capacity(position + 1)
   kernels = {
     name: kernel_steps.KernelLoop(
@@ -72,7 +57,9 @@ def main(argv: list[str]) -> None:
     kernels, flags.WARM_UPS.value, flags.REPEATS.value
   )
   token_ids = loops.prompt(config.vocab_size, batch, position + 1)
-  checked = check(model, token_ids, capacity, samples.timed)
+  checked = kernel_steps.check(
+    model, token_ids, capacity, kernels["kernel"], samples.timed
+  )
   counted = np.mean([r.counted for r in samples.timed["kernel, counting"]], 0)
   found = phase_times.timeline(counted)
   step_ms = {
@@ -120,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 
 import ffjax
 from bench import checks, flags, harness, loops
-from bench.loops import SEED, LoopTimes
+from bench.loops import SEED, LoopRun
 from bench.models import ALL
 from ffjax import params as params_lib
 from ffjax.cache import rounded_capacity
@@ -163,7 +163,7 @@ def time_loop(
   token_ids: "torch.Tensor",
   num_steps: int,
   vocab_size: int,
-) -> LoopTimes:
+) -> LoopRun:
   """Runs a prefill and a loop of a peer.
 
   Raises:
@@ -177,7 +177,7 @@ def time_loop(
   emitted = peer.run(num_steps).cpu().numpy()
   end = time.perf_counter()
   loops.check_tokens(emitted, (num_steps,), vocab_size)
-  return LoopTimes(middle - begin, end - middle)
+  return LoopRun(middle - begin, end - middle, emitted)
 
 
 def measure(
@@ -215,7 +215,7 @@ def measure(
 def main(argv: list[str]) -> None:
   """Checks, times, prints and writes."""
   commit = flags.commit(argv)
-  if flags.BATCH.value != 1:
+  if flags.batches() != [1]:
     raise app.UsageError("peers run one sequence: --batch=1")
   # JAX only counts bytes here; the GPU's memory is PyTorch's.
   jax.config.update("jax_platforms", "cpu")
@@ -242,6 +242,7 @@ def main(argv: list[str]) -> None:
       flags.STEPS,
       flags.WARM_UPS,
       flags.REPEATS,
+      flags.CEILING_BYTES,
       _PEER,
     ),
     device=_describe(),
@@ -253,4 +254,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

@@ -9,7 +9,7 @@ import numpy as np
 
 import ffjax
 from bench import checks, loops, xla_step
-from bench.loops import LoopTimes
+from bench.loops import LoopRun
 from bench.xla_step import State, Variant, Weights
 from ffjax import stepping
 from ffjax.cache import KVCache
@@ -90,7 +90,7 @@ def time_loop(
   token_ids: np.ndarray,
   num_steps: int,
   capacity: int,
-) -> LoopTimes:
+) -> LoopRun:
   """Runs a prefill by the reference and a loop of a variant.
 
   Raises:
@@ -111,4 +111,4 @@ def time_loop(
   emitted = np.asarray(tokens)
   end = time.perf_counter()
   loops.check_tokens(emitted, (num_steps,), model.config.vocab_size)
-  return LoopTimes(middle - begin, end - middle)
+  return LoopRun(middle - begin, end - middle, emitted)

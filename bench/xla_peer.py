@@ -68,7 +68,7 @@ def measure(
 def main(argv: list[str]) -> None:
   """Checks, times, prints and writes."""
   commit = flags.commit(argv)
-  if flags.BATCH.value != 1:
+  if flags.batches() != [1]:
     raise app.UsageError("peers run one sequence: --batch=1")
   measured = ceilings.measure(flags.CEILING_BYTES.value)
   model = ffjax.random_model(ALL[flags.PRESET.value], SEED)
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
       flags.STEPS,
       flags.WARM_UPS,
       flags.REPEATS,
+      flags.CEILING_BYTES,
       _VARIANT,
     ),
     device=environment.jax_device(),
@@ -102,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  flags.run(main)

@@ -135,7 +135,20 @@ def test_candidates_take_turns():
 
 
 def test_a_commit_can_be_given():
-  assert environment.commit("abc") == {"hash": "abc", "dirty": None}
+  found = environment.commit("abc")
+  assert (found["hash"], found["dirty"]) == ("abc", None)
+
+
+def test_other_sources_have_another_hash(tmp_path, monkeypatch):
+  monkeypatch.setattr(environment, "_ROOT", tmp_path)
+  found = {environment.sources_sha256()}
+  (tmp_path / "ffjax").mkdir()
+  for text in ("x = 1\n", "x = 2\n"):
+    (tmp_path / "ffjax/a.py").write_text(text, encoding="utf-8")
+    found.add(environment.sources_sha256())
+  (tmp_path / "ffjax/a.py").rename(tmp_path / "ffjax/b.py")
+  found.add(environment.sources_sha256())
+  assert len(found) == 4
 
 
 @pytest.mark.parametrize("new_name", [True, False])
@@ -269,18 +282,89 @@ def test_a_count_is_none_where_it_is_limited():
   assert told.metrics == {"error": 1.0, "faults": 1.0}
 
 
-def test_tokens_that_the_checked_steps_would_not_choose_are_counted(model):
+@pytest.fixture(scope="module")
+def loop_run(model):
+  """A loop of the reference, and a checker of loops from the same start."""
   ids = loops.prompt(model.config.vocab_size, 2, 9)
   start = loops.Start.after(model, "reference", ids, 64, decode.Sampling())
-  loop = loops.Loop(model, "reference", start, 6, decode.Sampling())
-  emitted, _ = loop.run()
-  args = (model, "reference", start.state.token_ids, start.state.cache)
-  assert checks.unlike_steps(*args, emitted) == 0
+  run = loops.Loop(model, "reference", start, 6, decode.Sampling())()
+  state = start.state
+  return run, checks.LoopChecker(model, state.token_ids, state.cache)
+
+
+def test_every_step_of_a_right_loop_passes(model, loop_run):
+  run, of_loop = loop_run
+  found = of_loop.implementation("reference", model, run.token_ids, _PASSED)
+  assert found.passed
+  assert found.metrics["unlike_steps"] == 0
+  assert 0 < found.metrics["worst_step_error"] < 0.05
+  assert found.metrics["error"] == 1.0
+  assert not of_loop.cache.k.is_deleted()
+
+
+def test_tokens_that_the_steps_would_not_choose_are_counted(
+  model, loop_run, monkeypatch
+):
+  run, of_loop = loop_run
   # The last one of a sequence, after which nothing is run.
-  emitted = emitted.copy()
+  emitted = run.token_ids.copy()
   emitted[1, -1] = (emitted[1, -1] + 1) % model.config.vocab_size
-  assert checks.unlike_steps(*args, emitted) == 1
-  assert not start.state.cache.k.is_deleted()
+  made = of_loop.implementation("reference", model, emitted, _PASSED)
+  assert made.passed
+  assert made.metrics["unlike_steps"] == 1
+  # It is only told of the reference, and forbids a fused figure.
+  right = checks.implementation_steps
+  monkeypatch.setattr(
+    checks,
+    "implementation_steps",
+    lambda model, name: right(model, name.replace("fused", "reference")),
+  )
+  made = of_loop.implementation("fused", model, run.token_ids, _PASSED)
+  assert made.passed
+  assert not of_loop.implementation("fused", model, emitted, _PASSED).passed
+  sampled = of_loop.implementation(
+    "fused", model, emitted, _PASSED, greedy=False
+  )
+  assert sampled.passed
+
+
+def test_one_wrong_step_of_one_sequence_fails_a_loop(
+  model, loop_run, monkeypatch
+):
+  run, of_loop = loop_run
+  right = checks.implementation_steps
+
+  def wrong(model, name):
+    def steps(cache, token_ids):
+      logits = right(model, "reference")(cache, token_ids)
+      if name == "fused":
+        # The choice stays.
+        smallest = logits[4, 1].argmin()
+        logits[4, 1, smallest] -= 0.1 * np.linalg.norm(logits[4, 1])
+      return logits
+
+    return right(model, name) if name == checks.BASELINE else steps
+
+  monkeypatch.setattr(checks, "implementation_steps", wrong)
+  found = of_loop.implementation("fused", model, run.token_ids, _PASSED)
+  assert found.metrics["unlike_steps"] == 0
+  assert not found.passed
+
+
+def test_a_loop_that_gives_other_tokens_once_is_refused():
+  def run(*ids):
+    return loops.LoopRun(None, 1.0, np.array([ids]))
+
+  timed = [run(1, 2), run(1, 2), run(1, 3)]
+  assert loops.differing_runs(timed) == 1
+  samples = harness.Samples({"fused": timed[0]}, 1, {"fused": timed}, {})
+  shape = loops.Shape(1, 8, 2, 100)
+  given = (shape, samples, {"fused": _PASSED}, None, {})
+  (told,) = loops.measurements(*given)
+  assert told.check.passed
+  assert told.check.metrics["differing_runs"] == 1
+  (limited,) = loops.measurements(*given, repeatable=["fused"])
+  assert not limited.check.passed
 
 
 # In a process of its own: its flags are not those of `ffjax.generate`.
@@ -291,7 +375,8 @@ from bench import kernel_steps
 from bench.models import ALL
 from pallas_kernels import times
 
-def run(*args, plan, **kwargs):
+def run(*args, plan, with_logits, **kwargs):
+  assert not with_logits
   print(plan.in_flight, plan.head_in_flight, plan.compute_wgs)
   return *args[1:4], np.zeros((plan.num_ctas, *times.SHAPE), np.int32)
 
@@ -392,7 +477,8 @@ def test_decode_from_end_to_end(tmp_path):
     "--preset=tiny-llama",
     "--implementation=reference",
     "--head_format=int8",
-    "--prompt=8",
+    "--prompt=8,12",
+    "--batch=1,3",
     "--steps=3",
     "--repeats=2",
     "--ceiling_bytes=100000",
@@ -401,18 +487,69 @@ def test_decode_from_end_to_end(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   read = harness.load(path)
-  assert read["commit"] == {"hash": "abc", "dirty": None}
+  assert read["commit"] == {
+    "hash": "abc",
+    "dirty": None,
+    "sources_sha256": environment.sources_sha256(),
+  }
+  assert read["flags"]["ceiling_bytes"] == 100000
   assert read["flags"]["implementation"] == ["reference"]
   assert read["flags"]["head_format"] == "int8"
-  (m,) = read["measurements"]
-  assert len(m["samples"]) == 2
-  assert m["check"]["passed"]
+  shapes = [
+    (m["details"]["prompt"], m["details"]["batch"])
+    for m in read["measurements"]
+  ]
+  assert shapes == [(8, 1), (8, 3), (12, 1), (12, 3)]
+  for m in read["measurements"]:
+    assert len(m["samples"]) == 2
+    assert m["check"]["passed"]
+    assert m["check"]["metrics"]["worst_step_error"] > 0
+    assert m["check"]["metrics"]["differing_runs"] == 0
+  m = read["measurements"][0]
   assert m["ceiling_gbps"] == read["ceilings"]["read_gbps"]
   assert m["details"]["prompt"] == 8
   assert m["details"]["first_call_s"]["loop_s"] > 0
   (prefill_ms,) = m["details"]["prefill_ms"]
   assert prefill_ms > 0
   assert "| reference, prompt 8 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["decode", "--format=int5"], "error: format='int5' does not exist"),
+    (["decode", "--batch=1,1"], "flag --batch"),
+    (["phases", "--prompt=32,64"], "--prompt: this script takes one"),
+    (["tune", "--batch=1,8"], "--batch: this script takes one"),
+  ],
+)
+def test_bad_flags_are_one_line(arguments, message):
+  done = _run(f"bench.{arguments[0]}", *arguments[1:])
+  assert done.returncode != 0
+  assert message in done.stdout + done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_peer_that_fails_leaves_the_file_of_before(tmp_path):
+  before = tmp_path / "2-xla.json"
+  before.write_text("what was found before", encoding="utf-8")
+  program = (
+    "from bench import flags, peers\n"
+    "peers.RUNS['2-xla'] = 'bench.that_is_not_there'\n"
+    "flags.run(peers.main)\n"
+  )
+  flags = ["--run=2-xla", "--commit=abc", f"--folder={tmp_path}"]
+  done = subprocess.run(
+    [sys.executable, "-c", program, *flags],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode != 0
+  assert "failed: 2-xla" in done.stderr
+  assert before.read_text(encoding="utf-8") == "what was found before"
+  assert [path.name for path in tmp_path.iterdir()] == ["2-xla.json"]
 
 
 def test_quality_from_end_to_end(tmp_path):
