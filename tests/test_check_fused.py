@@ -79,6 +79,52 @@ def test_steps_are_checked(fault, flag, passes):
   assert ("by sequence [" in lines[0]) == (not passes[0])
 
 
+_GREEDY_PROGRAM = """
+import sys
+import numpy as np
+from absl import flags
+import ffjax
+from bench import check_fused
+
+flags.FLAGS(["check_fused"])
+real = check_fused._step
+model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
+prompt = check_fused._prompt(model, 32)
+
+def chosen(token_ids):
+  cache = check_fused._cache_of(model, token_ids[:-1], 64)
+  logits, *_ = real(model, token_ids[-1:], cache, name="reference")
+  return np.asarray(logits[0]).argsort()
+
+order = chosen(prompt)
+
+def go_on(model, prompt, num_tokens, name):
+  # Two that part at the first new token.
+  at = -1 if name == "reference" or sys.argv[1] == "the same" else 0
+  return np.append(prompt, order[at])
+
+def step(model, token_ids, cache, *, name):
+  logits, *rest = real(model, token_ids, cache, name=name.replace(
+    "fused", "reference"))
+  if name == "fused" and sys.argv[1] == "garbage":
+    logits = 50 * logits[:, ::-1]
+  return logits, *rest
+
+check_fused._continue, check_fused._step = go_on, step
+(row,) = check_fused.check_greedy("tiny", model)
+print(row.passed, row.found)
+"""
+
+
+@pytest.mark.parametrize(
+  ("fault", "passes"),
+  [("the same", True), ("another token", False), ("garbage", False)],
+)
+def test_who_errs_more_may_not_part_for_that(fault, passes):
+  done = _python("-c", _GREEDY_PROGRAM, fault)
+  assert done.stdout.startswith(str(passes)), done.stdout + done.stderr
+
+
 def test_only_the_batches_that_are_asked_for_are_checked():
   done = _run("none", "--batch=3", "--batch=8")
   assert (done.returncode, done.stdout) == (0, "")
