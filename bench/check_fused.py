@@ -3,7 +3,8 @@
 For every model, in a process of its own and several at once: logits, new keys
 and values against a float32 reference over batches and positions, after keys and
 values of a text if the weights are a checkpoint's, else after random ones; noise
-beyond the live length; repeated launches bit by bit. Where asked for: long greedy
+beyond the live length; repeated launches bit by bit; and whether packing kept the
+weights. Where asked for: long greedy
 runs, and KL and NLL on real text. Prints and writes each row when it is found, and
 exits with 1 if a check fails.
 
@@ -36,7 +37,7 @@ import ffjax
 from bench import environment
 from bench.models import MODELS as _FIVE
 from bench.models import SHAPES
-from ffjax import stepping
+from ffjax import packing, params, stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
 
@@ -510,6 +511,52 @@ _RUN: dict[str, Callable[[str, ffjax.Model], Iterable[Row]]] = dict(
 )
 
 
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+  """Sums the bits of numbers, each times an odd number of its place."""
+  bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").ravel()
+  places = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1) | 1
+  return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+
+
+def digests(model: ffjax.Model) -> dict[str, list[int]]:
+  """Returns sums of the bits of the weights, of the first and last layer.
+
+  Args:
+    model: packed or not; the sums are the same.
+
+  Returns:
+    Of each tensor, by its name in a checkpoint, those of its arrays.
+  """
+  found = {}
+  for leaf in params.leaves(model.config):
+    for layer in {0, len(leaf.names) - 1}:
+      tensor = packing.tensor(model, leaf.path, layer)
+      found[leaf.names[layer]] = [
+        int(_digest(x)) for x in jax.tree.leaves(tensor)
+      ]
+  return found
+
+
+def packing_row(
+  name: str, before: dict[str, list[int]], model: ffjax.Model
+) -> Row:
+  """Says whether packing kept every bit: the checks run on packed weights.
+
+  Args:
+    name: of the model.
+    before: its digests before.
+    model: packed.
+  """
+  after = digests(model)
+  others = [key for key in before if before[key] != after.get(key)]
+  found = f"{len(others)} tensors are others" + "".join(
+    f", {key}" for key in others[:3]
+  )
+  what = f"{len(before)} tensors of the packed model, bit by bit"
+  return Row(name, what, found, bool(before) and not others)
+
+
 def _run_model(name: str) -> Iterator[Row]:
   if _CHECKPOINT.value is None:
     config = {**MODELS, **SHAPES}[name]
@@ -525,7 +572,9 @@ def _run_model(name: str) -> Iterator[Row]:
     model = ffjax.load(_CHECKPOINT.value, keep_quantized=True)
   else:
     model = ffjax.load(_CHECKPOINT.value, dtype="bfloat16")
+  before = digests(model)
   model = ffjax.pack(model)
+  yield packing_row(name, before, model)
   for check in _CHECK.value:
     yield from _RUN[check](name, model)
 

@@ -79,6 +79,50 @@ def test_steps_are_checked(fault, flag, passes):
   assert ("by sequence [" in lines[0]) == (not passes[0])
 
 
+_PACKING_PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from absl import flags
+import ffjax
+from bench import check_fused
+
+flags.FLAGS(["check_fused"])
+format, fault = sys.argv[1:]
+model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
+if format != "bfloat16":
+  model = ffjax.quantize(model, format)
+before = check_fused.digests(model)
+real = check_fused.packing.tensor
+
+def tensor(model, path, layer):
+  found = real(model, path, layer)
+  if fault == "two rows" and path[-2:] == ("down_proj", "weight"):
+    return jax.tree.map(lambda x: x.at[:2].set(x[1::-1]), found)
+  if fault == "a sign" and path[0] == "norm":
+    return found.at[0].multiply(-1)
+  return found
+
+check_fused.packing.tensor = tensor
+row = check_fused.packing_row("tiny", before, ffjax.pack(model, num_ctas=3))
+print(row.passed, row.check, row.found)
+"""
+
+
+@pytest.mark.parametrize(
+  ("format", "fault", "found"),
+  [
+    ("bfloat16", "none", "True 20 tensors"),
+    ("int4_g128", "none", "True 20 tensors"),
+    ("bfloat16", "two rows", "False 20 tensors"),
+    ("int4_g128", "two rows", "False 20 tensors"),
+    ("bfloat16", "a sign", "False 20 tensors"),
+  ],
+)
+def test_a_bit_that_packing_lost_is_found(format, fault, found):
+  done = _python("-c", _PACKING_PROGRAM, format, fault)
+  assert done.stdout.startswith(found), done.stdout + done.stderr
+
+
 _GREEDY_PROGRAM = """
 import sys
 import numpy as np
