@@ -364,16 +364,19 @@ def test_every_device_and_width_has_chunks_in_flight(device_kind, hidden_size):
   assert tuning.head_in_flight(device_kind) >= chunks
 
 
-def test_a_plan_takes_the_chunks_in_flight_of_its_device():
-  g = _MODELS["llama-3.2-1b"]
-  plans = {
-    kind: make_plan(g, 1, 64, 132, kind)
-    for kind in (None, "NVIDIA H100 80GB HBM3", "NVIDIA H200")
-  }
-  assert plans[None] == plans["NVIDIA H100 80GB HBM3"]
-  assert (plans[None].in_flight, plans[None].head_in_flight) == (2, 4)
-  h200 = plans["NVIDIA H200"]
-  assert (h200.in_flight, h200.head_in_flight) == (3, 6)
+def test_a_plan_takes_the_chunks_in_flight_of_its_device(monkeypatch):
+  monkeypatch.setitem(tuning._IN_FLIGHT, "a new GPU", {1: 3, 4096: 5})
+  monkeypatch.setitem(tuning._HEAD_IN_FLIGHT, "a new GPU", 6)
+
+  def in_flight(name, kind):
+    plan = make_plan(_MODELS[name], 1, 64, 132, kind)
+    return plan.in_flight, plan.head_in_flight
+
+  for kind in (None, "NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+    assert in_flight("llama-3.2-1b", kind) == (2, 4)
+    assert in_flight("llama-3.1-8b", kind) == (3, 4)
+  assert in_flight("llama-3.2-1b", "a new GPU") == (3, 6)
+  assert in_flight("llama-3.1-8b", "a new GPU") == (5, 6)
 
 
 def test_a_second_warpgroup_computes_where_it_was_faster():
