@@ -4,9 +4,8 @@ For every model, in a process of its own and several at once: logits, new keys
 and values against a float32 reference over batches and positions, after keys and
 values of a text if the weights are a checkpoint's, else after random ones; noise
 beyond the live length; repeated launches bit by bit; and whether packing kept the
-weights. Where asked for: long greedy
-runs, and KL and NLL on real text. Prints and writes each row when it is found, and
-exits with 1 if a check fails.
+weights. Where asked for: long greedy runs, and KL and NLL on real text. Prints and
+writes each row when it is found, and exits with 1 if a check fails.
 
   python -m bench.check_fused --output=bench/results/h100/check_fused.json
   python -m bench.check_fused --model=llama-2-7b --num_hidden_layers=2 --check=steps

@@ -23,8 +23,11 @@ from ffjax.implementation import resolve
 # Of the bfloat16 reference's own error.
 MOST_ERROR = 1.5
 # What the bfloat16 reference itself may err; where weights are random, it errs by
-# 2 to 3% after 16 to 32 layers and by 12% after 80.
-MOST_REFERENCE_ERROR = 0.15
+# 2 to 3% after 16 to 32 layers. At the start, with few keys, it errs more: by 12%
+# after 80 layers; and the worst step more than the mean.
+MOST_REFERENCE_ERROR = 0.1
+_MOST_REFERENCE_ERROR_AT_START = 0.15
+_MOST_REFERENCE_ERROR_OF_STEP = 0.2
 _COMPARED_TOKENS = 16
 _STEPS = 4
 BASELINE = "reference_float32"
@@ -84,12 +87,14 @@ def worst_error(logits: np.ndarray, baseline: np.ndarray) -> float:
     logits: `[T, B, V]`.
     baseline: likewise.
   """
-  # Row by row, since a copy in float64 is large.
-  return max(
+  # Row by row, since a copy in float64 is large. NumPy's maximum, since Python's may
+  # pass over what is no number.
+  errors = [
     relative_error(row, exact)
     for rows, exact_rows in zip(logits, baseline, strict=True)
     for row, exact in zip(rows, exact_rows, strict=True)
-  )
+  ]
+  return float(np.max(errors))
 
 
 def mean_kl(logits: np.ndarray, baseline: np.ndarray) -> float:
@@ -207,7 +212,7 @@ class Checker:
         "relative_logit_error_at_start": (
           MOST_ERROR * self._reference_error_at_start
         ),
-        "reference_error_at_start": MOST_REFERENCE_ERROR,
+        "reference_error_at_start": _MOST_REFERENCE_ERROR_AT_START,
       },
     )
 
@@ -280,7 +285,7 @@ class LoopChecker:
       limits={
         **check.limits,
         "worst_step_error": MOST_ERROR * reference_error,
-        "worst_reference_step_error": 2 * MOST_REFERENCE_ERROR,
+        "worst_reference_step_error": _MOST_REFERENCE_ERROR_OF_STEP,
       },
     )
     if not greedy:

@@ -328,8 +328,9 @@ def test_tokens_that_the_steps_would_not_choose_are_counted(
   assert sampled.passed
 
 
+@pytest.mark.parametrize("no_number", [False, True])
 def test_one_wrong_step_of_one_sequence_fails_a_loop(
-  model, loop_run, monkeypatch
+  model, loop_run, monkeypatch, no_number
 ):
   run, of_loop = loop_run
   right = checks.implementation_steps
@@ -341,13 +342,16 @@ def test_one_wrong_step_of_one_sequence_fails_a_loop(
         # The choice stays.
         smallest = logits[4, 1].argmin()
         logits[4, 1, smallest] -= 0.1 * np.linalg.norm(logits[4, 1])
+        if no_number:
+          logits[4, 1] = np.nan
       return logits
 
     return right(model, name) if name == checks.BASELINE else steps
 
   monkeypatch.setattr(checks, "implementation_steps", wrong)
   found = of_loop.implementation("fused", model, run.token_ids, _PASSED)
-  assert found.metrics["unlike_steps"] == 0
+  assert no_number or found.metrics["unlike_steps"] == 0
+  assert np.isnan(found.metrics["worst_step_error"]) == no_number
   assert not found.passed
 
 
