@@ -175,11 +175,11 @@ def _check_loops(
     CheckFailedError: if one is not the model's.
   """
   checked, checkers = {}, {}
+  model = next(iter(prepared.candidates.values())).model
   for name, loop in prepared.candidates.items():
     # Caches of one dtype begin alike.
     state = loop.start.state
     if id(state) not in checkers:
-      model = next(iter(prepared.candidates.values())).model
       checkers[id(state)] = checks.LoopChecker(
         model, state.token_ids, state.cache
       )

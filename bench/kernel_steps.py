@@ -69,7 +69,7 @@ def _run(
       ref,
       with_logits=with_logits,
     )
-    if with_logits and logits is not None:
+    if logits is not None:
       token_ids = jnp.argmax(logits, -1).astype(jnp.int32)
     if ref is not None:
       counted = counted + jax.freeze(ref)
