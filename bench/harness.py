@@ -335,7 +335,7 @@ def table(measurements: Sequence[Mapping[str, Any]]) -> str:
 
 
 def load(path: pathlib.Path) -> dict[str, Any] | None:
-  """Reads a result; None for a file of before there was a schema."""
+  """Reads a result; None for a file without the schema."""
   read = json.loads(path.read_text(encoding="utf-8"))
   if not isinstance(read, dict) or read.get("schema") != SCHEMA:
     return None

@@ -770,3 +770,15 @@ def test_profiler_sees_no_gpu_on_the_cpu():
   if jax.default_backend() != "cpu":
     pytest.skip("this is about the CPU")
   assert trace.record(lambda: jnp.ones(3)) == []
+
+
+def test_committed_results_have_the_schema_and_passed():
+  folder = pathlib.Path(__file__).parents[1] / "bench" / "results"
+  paths = [
+    path for path in folder.rglob("*.json") if "check_fused" not in path.parts
+  ]
+  assert paths
+  for path in paths:
+    result = harness.load(path)
+    assert result is not None, path
+    assert all(m["check"]["passed"] for m in result["measurements"]), path

@@ -21,10 +21,6 @@ def test_python_example_runs(monkeypatch):
 
 def _figures(result):
   """Lists ms, GB/s, share of the ceiling and KL of whole steps in a file."""
-  if "schema" not in result:
-    # A file of before the harness has one.
-    keys = ("step_ms", "achieved_gbps", "share_of_ceiling")
-    return [(*(result[key] for key in keys), result["check"]["mean_kl"])]
   return [
     (m["median"], m["gbps"], m["share_of_ceiling"], metrics["mean_kl"])
     for m in result["measurements"]
