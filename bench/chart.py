@@ -1,7 +1,8 @@
 """The picture of a device's results: ms per step, share of the read ceiling.
 
 One group of bars for each model and context, from all files below the folder
-that have the schema; the newest figure where there are several of one thing.
+that have the schema; the newest figure where there are several of one thing, of ours the newest that
+is not from between peers.
 The dark part of a bar is the time in which the device reads as many bytes at
 its ceiling. What others published, or we measured on another day, has an
 outline and no ceiling.
@@ -57,17 +58,25 @@ Group = tuple[str, int]
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads all results below a folder that have the schema, oldest first."""
-  found = (harness.load(path) for path in sorted(folder.rglob("*.json")))
-  results = [result for result in found if result is not None]
-  return sorted(results, key=lambda result: result["date"])
+  """Reads all results below a folder that have the schema.
+
+  Returns:
+    Oldest first, but all of folders of peers before all others.
+  """
+  found = []
+  for path in sorted(folder.rglob("*.json")):
+    result = harness.load(path)
+    if result is not None:
+      alone = "peers" not in path.relative_to(folder).parts
+      found.append((alone, result["date"], result))
+  return [result for *_, result in sorted(found, key=lambda x: x[:2])]
 
 
 def bars(results: list[dict[str, Any]], device: str) -> dict[Group, list[Bar]]:
   """Picks what is comparable: one sequence, greedy, whole steps.
 
   Args:
-    results: oldest first; a newer figure replaces an older one.
+    results: in the order in which a later figure replaces an earlier one.
     device: the folder's name, which published figures go by.
 
   Returns:
@@ -153,6 +162,7 @@ def draw(groups: dict[Group, list[Bar]], device: str) -> Drawing:
     "ours": light,
     "peers": _COLORS["in the same run"][0],
     "dark: reading at the ceiling": dark,
+    "not in this run": _COLORS["published"][0],
   }
   picture.legend(16, 44, entries)
   y = 72.0

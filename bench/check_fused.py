@@ -3,8 +3,8 @@
 For every model, in a process of its own and several at once: logits, new keys
 and values against a float32 reference over batches and positions, after keys and
 values of a text if the weights are a checkpoint's, else after random ones; noise
-beyond the live length; repeated launches bit by bit; and whether packing kept the
-weights. Where asked for: long greedy runs, and KL and NLL on real text. Prints and
+beyond the live length; repeated launches and loops bit by bit; and whether packing
+kept the weights. Where asked for: long greedy runs, and KL and NLL on real text. Prints and
 writes each row when it is found, and exits with 1 if a check fails.
 
   python -m bench.check_fused --output=bench/results/h100/check_fused.json
@@ -103,6 +103,7 @@ _STEPS: _Steps = {
 }
 _LONG_STEPS: _Steps = {1: (131072, [(131071,)])}
 _MOST_ERROR = 1.5
+_LOOP_STEPS = 250
 _GREEDY_TOKENS = 2000
 _ENDLESS_STEPS = 20_000
 _TEXT_BATCH = 8
@@ -362,6 +363,50 @@ def check_launches(name: str, model: ffjax.Model) -> Iterator[Row]:
       f"{int(differing)} differ in a bit",
       int(differing) == 0,
     )
+    yield loops_row(name, model, batch)
+
+
+@jax.jit
+def _same(a: Any, b: Any) -> jax.Array:
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return jnp.stack([(x == y).all() for x, y in leaves]).all()
+
+
+def loops_row(name: str, model: ffjax.Model, batch: int) -> Row:
+  """Repeats a loop on the device, in which launches use the words of those before.
+
+  Args:
+    name: of the model.
+    model: the model.
+    batch: sequences, each of a prompt of its own.
+  """
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(0, model.config.vocab_size, (batch, 32), np.int32)
+  static: dict[str, Any] = dict(implementation="fused", stop_on_eos=False)
+  start = stepping.prefill(
+    model,
+    prompts,
+    np.full(batch, prompts.shape[1], np.int32),
+    capacity=rounded_capacity(prompts.shape[1] + _LOOP_STEPS),
+    **static,
+  )
+
+  def loop() -> Any:
+    # What it is given is donated.
+    state = jax.tree.map(jnp.copy, start)
+    return stepping.decode_steps(
+      model, state, _LOOP_STEPS, max_steps=_LOOP_STEPS, **static
+    )
+
+  first = loop()
+  num_loops = -(-_LAUNCHES.value // _LOOP_STEPS)
+  differing = sum(not _same(first, loop()) for _ in range(num_loops))
+  return Row(
+    name,
+    f"batch {batch}, {num_loops} more loops of {_LOOP_STEPS} steps",
+    f"{differing} differ in a token, a key or a value",
+    differing == 0,
+  )
 
 
 def _continue(
@@ -519,7 +564,7 @@ def _digest(x: jax.Array) -> jax.Array:
 
 
 def digests(model: ffjax.Model) -> dict[str, list[int]]:
-  """Returns sums of the bits of the weights, of the first and last layer.
+  """Returns sums of the bits of the weights, of all layers.
 
   Args:
     model: packed or not; the sums are the same.
@@ -529,12 +574,10 @@ def digests(model: ffjax.Model) -> dict[str, list[int]]:
   """
   found = {}
   for leaf in params.leaves(model.config):
-    for layer in {0, len(leaf.names) - 1}:
+    for layer, tensor_name in enumerate(leaf.names):
       tensor = packing.tensor(model, leaf.path, layer)
-      found[leaf.names[layer]] = [
-        int(_digest(x)) for x in jax.tree.leaves(tensor)
-      ]
-  return found
+      found[tensor_name] = [_digest(x) for x in jax.tree.leaves(tensor)]
+  return {key: [int(x) for x in sums] for key, sums in found.items()}
 
 
 def packing_row(
@@ -549,10 +592,10 @@ def packing_row(
   """
   after = digests(model)
   others = [key for key in before if before[key] != after.get(key)]
-  found = f"{len(others)} tensors are others" + "".join(
+  found = f"{len(others)} of {len(before)} tensors are others" + "".join(
     f", {key}" for key in others[:3]
   )
-  what = f"{len(before)} tensors of the packed model, bit by bit"
+  what = "sums of all bits of the packed model's tensors"
   return Row(name, what, found, bool(before) and not others)
 
 

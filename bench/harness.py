@@ -17,7 +17,7 @@ import numpy as np
 
 from bench import environment
 
-# Files of before have no such key.
+# Files of other kinds have no such key.
 SCHEMA = 1
 
 T = TypeVar("T")

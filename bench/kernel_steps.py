@@ -19,7 +19,7 @@ from bench import checks, flags, harness, loops
 from ffjax import packed, rope
 from ffjax.cache import KVCache
 from pallas_kernels import kernel, times
-from pallas_kernels.plan import make_plan
+from pallas_kernels.plan import Plan, make_plan
 
 
 def packed_model(config: ffjax.LlamaConfig) -> ffjax.Model:
@@ -108,6 +108,7 @@ class KernelLoop:
     in_flight: chunks that a CTA asks for at a time; None is the table's choice.
     compute_wgs: warpgroups of a CTA that compute; None is the table's choice.
     head_in_flight: chunks of the LM head; None is the table's choice.
+    most_slots: of the ring; None is the table's choice.
     with_logits: whether tokens are the first choices of the step's logits, not
       those that the kernel makes itself.
   """
@@ -121,14 +122,16 @@ class KernelLoop:
   in_flight: int | None = None
   compute_wgs: int | None = None
   head_in_flight: int | None = None
+  most_slots: int | None = None
   with_logits: bool = False
 
-  def __call__(self) -> Run:
-    """Runs."""
-    params, config = self.model.params, self.model.config
+  @property
+  def plan(self) -> Plan:
+    """With what is chosen here."""
+    params = self.model.params
     assert isinstance(params, packed.PackedParams)
     plan = make_plan(
-      packed.geometry_of(config),
+      packed.geometry_of(self.model.config),
       self.batch,
       self.capacity,
       params.num_ctas,
@@ -137,10 +140,16 @@ class KernelLoop:
       head_format=params.head_chunk_format,
       compute_wgs=self.compute_wgs,
     )
-    for name in ("in_flight", "head_in_flight"):
+    for name in ("in_flight", "head_in_flight", "most_slots"):
       chunks = getattr(self, name)
       if chunks is not None:
         plan = dataclasses.replace(plan, **{name: chunks})
+    return plan
+
+  def __call__(self) -> Run:
+    """Runs."""
+    params, config = self.model.params, self.model.config
+    assert isinstance(params, packed.PackedParams)
     shape = jax.eval_shape(
       lambda: KVCache.create(config, self.batch, self.capacity, jnp.bfloat16)
     ).k.shape
@@ -159,7 +168,7 @@ class KernelLoop:
         k,
         v,
         positions,
-        plan=plan,
+        plan=self.plan,
         config=config,
         timed=self.timed,
         steps=self.num_steps,

@@ -36,18 +36,22 @@ class Timeline:
   Attributes:
     step_us: from the first instruction of a CTA to its last, the longest.
     cycles_per_us: of the SMs.
-    phases: by phase and what it was spent on, over the CTAs that have a part.
-    num_ctas: by phase, how many have one.
+    phases: by phase and what it was spent on, over the CTAs that have a part in
+      it and in the layers: others wait for the LM head all the time.
+    num_ctas: by phase, how many these are.
+    all_phases: by what it was spent on, over the CTAs that have a part in the
+      layers.
     ctas: by what it was spent on, microseconds of each CTA, all phases.
     sms: the SM of each CTA.
     reading: share of the step in which rings are not full, so that memory is
-      busy; the mean over CTAs.
+      busy; the mean over the CTAs that have a part in the layers.
   """
 
   step_us: float
   cycles_per_us: float
   phases: dict[str, dict[str, Spread]]
   num_ctas: dict[str, int]
+  all_phases: dict[str, Spread]
   ctas: dict[str, list[float]]
   sms: list[int]
   reading: float
@@ -76,9 +80,11 @@ def timeline(counted: np.ndarray) -> Timeline:
     "ring full": _column(counted, "ring_full"),
   }
   spent = {what: x / cycles_per_us for what, x in spent.items()}
+  has_part = _column(counted, "multiply") > 0
+  in_layers = has_part[:, : PHASES.index("lm_head")].any(1)
   phases, num_ctas = {}, {}
   for p, phase in enumerate(PHASES):
-    took_part = _column(counted, "multiply")[:, p] > 0
+    took_part = has_part[:, p] & in_layers
     if not took_part.any():
       continue
     num_ctas[phase] = int(took_part.sum())
@@ -91,9 +97,12 @@ def timeline(counted: np.ndarray) -> Timeline:
     cycles_per_us=cycles_per_us,
     phases=phases,
     num_ctas=num_ctas,
+    all_phases={
+      what: _spread(x[in_layers].sum(1)) for what, x in spent.items()
+    },
     ctas={what: x.sum(1).round(2).tolist() for what, x in spent.items()},
     sms=_column(counted, "sm").sum(1).round().astype(int).tolist(),
-    reading=float(1 - (full_us / (step_ns / 1e3)).mean()),
+    reading=float(1 - (1e3 * full_us / step_ns)[in_layers].mean()),
   )
 
 
@@ -107,22 +116,15 @@ def table(found: Timeline) -> str:
     "| phase | " + " | ".join(SPENT) + " | CTAs |",
     "|" + "---|" * (len(SPENT) + 2),
   ]
-  for phase, spent in found.phases.items():
+  rows = {
+    **{x: (s, found.num_ctas[x]) for x, s in found.phases.items()},
+    "all": (found.all_phases, max(found.num_ctas.values())),
+  }
+  for phase, (spent, num_ctas) in rows.items():
     cells = [
       f"{s.mean:.1f} ({s.min:.1f} to {s.max:.1f})" for s in spent.values()
     ]
-    lines.append(
-      f"| {phase} | " + " | ".join(cells) + f" | {found.num_ctas[phase]} |"
-    )
-  cells = []
-  for of_ctas in found.ctas.values():
-    s = _spread(np.asarray(of_ctas))
-    cells.append(f"{s.mean:.1f} ({s.min:.1f} to {s.max:.1f})")
-  lines.append(
-    "| all | "
-    + " | ".join(cells)
-    + f" | {len(next(iter(found.ctas.values())))} |"
-  )
+    lines.append(f"| {phase} | " + " | ".join(cells) + f" | {num_ctas} |")
   return "\n".join(lines)
 
 
@@ -162,7 +164,9 @@ def draw(found: Timeline, title: str) -> Drawing:
     picture.line(
       _LEFT + waited.min * scale, middle, _LEFT + waited.max * scale, middle
     )
-    picture.text(x + 6, y + 13, f"{totals[phase]:.1f}")
+    # Beside the bar and the line, whichever is longer.
+    end = max(x, _LEFT + waited.max * scale)
+    picture.text(end + 6, y + 13, f"{totals[phase]:.1f}")
     full = spent["ring full"]
     width = full.mean * scale
     y += _BAR

@@ -54,14 +54,17 @@ def _published(
   return Figure(system, device, preset, context, step_ms, "published", source)
 
 
-def _measured(system: str, device: str, preset: str, step_ms: float) -> Figure:
+def _measured(
+  system: str, device: str, preset: str, step_ms: float, context: int = 32
+) -> Figure:
   kind = "measured by us"
-  return Figure(system, device, preset, 32, step_ms, kind, _OURS)
+  return Figure(system, device, preset, context, step_ms, kind, _OURS)
 
 
 _H100_1B = ("h100", "llama-3.2-1b")
 _H100_8B = ("h100", "llama-3.1-8b")
 _H200_1B = ("h200", "llama-3.2-1b")
+_KERNEL_ALONE = f"{_MEGAKERNELS}, kernel alone"
 _GRAPH = "CUDA graph of tuned kernels"
 _JAX = "plain JAX, best of 12"
 _GPT_FAST = "gpt-fast, argmax"
@@ -75,6 +78,10 @@ FIGURES = (
   _published(_GRAPH, *_H200_1B, 32, 0.795, _OTHERS),
   _measured(_MEGAKERNELS, *_H100_1B, 0.999),
   _measured(_MEGAKERNELS, *_H200_1B, 0.779),
+  _measured(_KERNEL_ALONE, *_H100_1B, 1.377, 1024),
+  _measured(_KERNEL_ALONE, *_H100_1B, 2.726, 4096),
+  _measured(_KERNEL_ALONE, *_H200_1B, 1.161, 1024),
+  _measured(_KERNEL_ALONE, *_H200_1B, 2.523, 4096),
   _measured(_JAX, *_H100_1B, 1.230),
   _measured(_JAX, *_H100_8B, 5.643),
   _measured(_GPT_FAST, *_H100_1B, 1.412),

@@ -66,9 +66,10 @@ class Drawing:
     )
 
   def legend(self, x: float, y: float, entries: dict[str, str]) -> None:
-    """Draws colours by name, in a row."""
+    """Draws colours by name, in a row; white has an outline."""
     for name, color in entries.items():
-      self.rectangle(x, y - 9, 10, 10, color)
+      outline = "#555" if color == "#ffffff" else "none"
+      self.rectangle(x, y - 9, 10, 10, color, outline)
       self.text(x + 14, y, name, size=11)
       x += 32 + 6.2 * len(name)
 

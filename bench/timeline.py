@@ -5,7 +5,7 @@ compute warpgroup, of two the first: waiting for other CTAs' results (and writin
 them to x), computing, waiting for chunks with the ring empty, finishing and
 sending. Of the memory warpgroup: waiting with the ring full, which is when memory
 is idle. A phase's figures are means over the CTAs that have a part in it, and the
-least and the most of them.
+least and the most of them; CTAs that have none in the layers are only in the picture.
 
   python -m bench.timeline --preset=llama-3.2-1b --position=96 --output=FILE.json
 
@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from bench import (
+  ceilings,
   environment,
   flags,
   harness,
@@ -34,7 +35,7 @@ _POSITION = absl_flags.DEFINE_integer(
   "position", 96, "Of the new token.", lower_bound=1
 )
 _LAUNCHES = absl_flags.DEFINE_integer(
-  "launches", 20, "Launches in a loop, of which the mean is taken."
+  "launches", 128, "Launches in a loop, of which the mean is taken."
 )
 
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
   commit = flags.commit(argv)
   config = ALL[flags.PRESET.value]
   device_memory.join_pieces()
+  measured = ceilings.measure(flags.CEILING_BYTES.value)
   model = kernel_steps.packed_model(config)
   batch = flags.only(flags.BATCH, flags.batches())
   position = _POSITION.value
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
     samples,
     checked,
     model.bytes_per_step(batch, position),
-    None,
+    measured["read_gbps"],
     dict(batch=batch, position=position, launches=_LAUNCHES.value),
   )
   # What was counted belongs to the kernel that counts.
@@ -88,6 +90,7 @@ def main(argv: list[str]) -> None:
       flags.HEAD_FORMAT,
       flags.WARM_UPS,
       flags.REPEATS,
+      flags.CEILING_BYTES,
       _POSITION,
       _LAUNCHES,
     ),
@@ -95,6 +98,7 @@ def main(argv: list[str]) -> None:
     commit=commit,
     data=loops.DATA | dict(cache="normal, seeds 0 and 1"),
     measurements=measurements,
+    ceilings=measured,
   ).report(output)
   print(phase_times.table(found))
   if output is not None:

@@ -71,7 +71,8 @@ class Launches:
     longest: the name of the kernel that takes most of the time.
     longest_us: median of its durations.
     gap_us: median time from its end to its next beginning.
-    mean_gap_us: mean of these, with the host's looks at a loop between them.
+    mean_gap_us: mean over the steps by which the loop is longer, with the host's
+      looks at it: as many as those steps have.
     us_per_step: time on the device by name.
   """
 
@@ -107,17 +108,22 @@ def launches(
 
   before, after = totals(few), totals(many)
   longest = max(after, key=lambda name: after[name])
-  own = [e for e in many if e.name == longest]
-  gaps = [
-    later.begin_us - earlier.begin_us - earlier.duration_us
-    for earlier, later in zip(own, own[1:], strict=False)
-  ]
+
+  def gaps(events: list[Event]) -> list[float]:
+    own = [e for e in events if e.name == longest]
+    return [
+      later.begin_us - earlier.begin_us - earlier.duration_us
+      for earlier, later in zip(own, own[1:], strict=False)
+    ]
+
   return Launches(
     per_step=(len(many) - len(few)) / num_steps,
     longest=longest,
-    longest_us=float(np.median([e.duration_us for e in own])),
-    gap_us=float(np.median(gaps)) if gaps else 0.0,
-    mean_gap_us=float(np.mean(gaps)) if gaps else 0.0,
+    longest_us=float(
+      np.median([e.duration_us for e in many if e.name == longest])
+    ),
+    gap_us=float(np.median(gaps(many) or 0)),
+    mean_gap_us=(sum(gaps(many)) - sum(gaps(few))) / num_steps,
     us_per_step={
       name: (total - before.get(name, 0.0)) / num_steps
       for name, total in after.items()

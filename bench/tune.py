@@ -2,8 +2,8 @@
 
 Launches of the kernel take turns, with from 1 to `--most` chunks in flight and
 with one and two compute warpgroups, and, of these as the table has them, with 1 to
-twice as many chunks of the LM head; the kernel as the table has it must be right, and
-all must choose its tokens.
+twice as many chunks of the LM head, and with fewer slots of the ring; the kernel as
+the table has it must be right, and all must choose its tokens.
 
   python -m bench.tune --preset=llama-3.2-1b --output=FILE.json
 """
@@ -23,6 +23,7 @@ from bench import (
 )
 from bench.models import ALL
 from ffjax.cache import rounded_capacity
+from pallas_kernels.plan import MIN_SLOTS
 
 _MOST = absl_flags.DEFINE_integer("most", 5, "Chunks in flight.", lower_bound=1)
 
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> None:
   for n in range(1, 2 * _MOST.value + 1):
     name = f"LM head in flight: {n}"
     candidates[name] = loop(head_in_flight=n)
+  # What shared memory leaves is the most.
+  for n in range(loop().plan.num_slots, MIN_SLOTS, -2):
+    candidates[f"slots: {n}"] = loop(most_slots=n)
   samples = harness.interleave(
     candidates, flags.WARM_UPS.value, flags.REPEATS.value
   )

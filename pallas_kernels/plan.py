@@ -30,12 +30,12 @@ from pallas_kernels.geometry import (
 )
 from pallas_kernels.parts import Part
 from pallas_kernels.schedule import (
-  TILES_AT_ONCE,
   Matmul,
   Schedule,
   make_schedule,
   max_splits,
 )
+from pallas_kernels.tuning import TILES_AT_ONCE, X_BYTES
 
 # Phases of a layer in their order; LM_HEAD comes once, after the layers.
 NUM_PHASES = 6
@@ -56,8 +56,6 @@ WARPS = 4
 SMEM_BYTES = 232448 - 512
 # Each array there begins on a multiple of this.
 _SMEM_ALIGNMENT_BYTES = 1024
-# Activations that do not fit in this come in blocks.
-_X_BYTES = 32768
 # Arrays in shared memory that take the place of x, when x is not in use.
 INSTEAD_OF_X = ("p", "tops", "attended", "chosen")
 # Keys and values of wide heads take two slots, and one more is under way.
@@ -79,6 +77,7 @@ class Plan:
     in_flight: chunks that a CTA has asked memory for at most, see `tuning`.
     head_in_flight: likewise of the LM head, once it is being multiplied.
     compute_wgs: warpgroups of a CTA that compute.
+    most_slots: of the ring.
   """
 
   geometry: Geometry
@@ -89,6 +88,7 @@ class Plan:
   in_flight: int
   head_in_flight: int
   compute_wgs: int
+  most_slots: int = tuning.MOST_SLOTS
 
   @property
   def num_warps(self) -> int:
@@ -139,7 +139,7 @@ class Plan:
     longest = max(m.cols for m in matmuls) // CHUNK_WIDTH
     widest = max(m.tiles for m in matmuls)
     tile_bytes = self.batch * CHUNK_WIDTH * 2
-    return max(normed, widest, min(longest, _X_BYTES // tile_bytes))
+    return max(normed, widest, min(longest, X_BYTES // tile_bytes))
 
   def num_blocks(self, matmul: Matmul) -> int:
     """Into how many blocks a unit's chunks are cut, evenly."""
@@ -209,11 +209,12 @@ class Plan:
 
   @property
   def num_slots(self) -> int:
-    """Slots of the ring: what shared memory leaves."""
+    """Slots of the ring: what shared memory leaves, at most `most_slots`."""
     free_bytes = SMEM_BYTES - self.fixed_smem_bytes
     if self.scale_rows:
       free_bytes -= _SMEM_ALIGNMENT_BYTES
-    return free_bytes // (CHUNK_BYTES + ROW_BYTES * self.scale_rows)
+    slot_bytes = CHUNK_BYTES + ROW_BYTES * self.scale_rows
+    return min(self.most_slots, free_bytes // slot_bytes)
 
 
 def make_plan(
@@ -246,7 +247,7 @@ def make_plan(
   in_flight = tuning.in_flight(device_kind, geometry.hidden_size)
   if compute_wgs is None:
     compute_wgs = tuning.compute_wgs(
-      layer_format.bits, geometry.padded_hidden_size, batch
+      device_kind, layer_format.bits, geometry.padded_hidden_size, batch
     )
   plan = Plan(
     *(geometry, schedule, batch, capacity, num_ctas),

@@ -23,9 +23,7 @@ from pallas_kernels.geometry import (
   Geometry,
   round_up,
 )
-
-# Tiles of 64 keys that are attended to in one round, if the ring holds as many.
-TILES_AT_ONCE = 4
+from pallas_kernels.tuning import TILES_AT_ONCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,10 @@
 has what it found.
 """
 
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
 # Chunks of 16 KB that a CTA asks memory for at a time: with too few, memory
 # idles; with too many, all that comes later waits behind them, the results that
 # CTAs exchange too. Of each device, by the width D from which on it holds.
@@ -18,10 +22,26 @@ _HEAD_IN_FLIGHT = {"NVIDIA H100 80GB HBM3": 4, "NVIDIA H200": 4}
 # Where a second warpgroup computes: D, padded to whole chunks, whether weights
 # are of few bits, and B. It is worth it where computing, or receiving activations,
 # is what memory waits for; else its meetings only cost, as at D = 4,096. Only what
-# has been measured and checked on an H100 is here.
-_TWO_COMPUTE_WGS = {(2048, True, 1), (2048, False, 8)}
+# has been measured and checked is here.
+_TWO_COMPUTE_WGS = {
+  "NVIDIA H100 80GB HBM3": {(2048, True, 1), (2048, False, 8)},
+  # Not at batch 1 in bfloat16, by measuring; the others are an H100's.
+  "NVIDIA H200": {(2048, True, 1), (2048, False, 8)},
+}
 # For a device that nobody has measured.
 _DEFAULT = "NVIDIA H100 80GB HBM3"
+
+# The rest is the same for all of them. Slots of the ring are as many as shared
+# memory leaves, since more never cost; this is how many that are at most.
+MOST_SLOTS = 16
+# Activations that do not fit in this come in blocks; what they do not take is slots.
+X_BYTES = 32768
+# Tiles of 64 keys that are attended to in one round, if the ring holds as many.
+TILES_AT_ONCE = 4
+
+
+def _of(table: dict[str, _T], device_kind: str | None) -> _T:
+  return table.get(device_kind or "", table[_DEFAULT])
 
 
 def in_flight(device_kind: str | None, hidden_size: int) -> int:
@@ -31,7 +51,7 @@ def in_flight(device_kind: str | None, hidden_size: int) -> int:
     device_kind: as JAX names it; None if unknown.
     hidden_size: D.
   """
-  by_width = _IN_FLIGHT.get(device_kind or "", _IN_FLIGHT[_DEFAULT])
+  by_width = _of(_IN_FLIGHT, device_kind)
   return by_width[max(width for width in by_width if width <= hidden_size)]
 
 
@@ -41,15 +61,19 @@ def head_in_flight(device_kind: str | None) -> int:
   Args:
     device_kind: as JAX names it; None if unknown.
   """
-  return _HEAD_IN_FLIGHT.get(device_kind or "", _HEAD_IN_FLIGHT[_DEFAULT])
+  return _of(_HEAD_IN_FLIGHT, device_kind)
 
 
-def compute_wgs(bits: int, padded_hidden_size: int, batch: int) -> int:
+def compute_wgs(
+  device_kind: str | None, bits: int, padded_hidden_size: int, batch: int
+) -> int:
   """Returns how many warpgroups of a CTA compute.
 
   Args:
+    device_kind: as JAX names it; None if unknown.
     bits: of a weight of the layers.
     padded_hidden_size: D, padded to whole chunks.
     batch: B.
   """
-  return 2 if (padded_hidden_size, bits < 16, batch) in _TWO_COMPUTE_WGS else 1
+  two = _of(_TWO_COMPUTE_WGS, device_kind)
+  return 2 if (padded_hidden_size, bits < 16, batch) in two else 1

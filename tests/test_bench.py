@@ -381,12 +381,18 @@ from pallas_kernels import times
 
 def run(*args, plan, with_logits, **kwargs):
   assert not with_logits
-  print(plan.in_flight, plan.head_in_flight, plan.compute_wgs)
+  print(plan.in_flight, plan.head_in_flight, plan.compute_wgs, plan.num_slots)
   return *args[1:4], np.zeros((plan.num_ctas, *times.SHAPE), np.int32)
 
 kernel_steps._run = run
 model = ffjax.pack(ffjax.random_model(ALL["tiny-llama"], seed=0), num_ctas=3)
-for choice in ({}, {"in_flight": 5}, {"head_in_flight": 7}, {"compute_wgs": 2}):
+for choice in (
+  {},
+  {"in_flight": 5},
+  {"head_in_flight": 7},
+  {"compute_wgs": 2},
+  {"most_slots": 6},
+):
   kernel_steps.KernelLoop(model, 1, 5, 64, 2, False, **choice)()
 """
 
@@ -399,7 +405,9 @@ def test_a_loop_of_the_kernel_takes_what_is_chosen():
     command, capture_output=True, text=True, check=False, cwd=_ROOT
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines() == ["2 4 1", "5 4 1", "2 7 1", "2 4 2"]
+  assert done.stdout.splitlines() == [
+    *("2 4 1 13", "5 4 1 13", "2 7 1 13", "2 4 2 13", "2 4 1 6"),
+  ]
 
 
 def test_early_end_of_a_loop_is_refused():
@@ -633,6 +641,8 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   folder = tmp_path / "h100"
   (folder / "peers").mkdir(parents=True)
   _write(folder, "1.json", _result(_measurement()))
+  # Between peers, and so not what is drawn.
+  _write(folder / "peers", "1.json", _result(_measurement(samples=[2.6])))
   _write(
     folder / "peers",
     "2.json",
@@ -669,7 +679,10 @@ def test_plot_draws_ours_peers_and_published(tmp_path):
   }
   others = [b for b in bars if b.kind == "published"]
   assert len(others) == len(published.of("h100", "llama-3.2-1b")) > 0
-  assert all(b.note in ("published", "measured by us") for b in others)
+  assert {b.note for b in others} == {
+    *("published", "measured by us"),
+    *("measured by us, context 1024", "measured by us, context 4096"),
+  }
   assert [b.step_ms for b in bars] == sorted(b.step_ms for b in bars)
   text = chart.draw(groups, "h100").to_text()
   root = xml.etree.ElementTree.fromstring(text)
@@ -710,6 +723,19 @@ def _counted():
   return counted
 
 
+def test_who_has_no_part_in_the_layers_is_not_in_the_means():
+  counted = _counted()
+  in_layers = slice(phase_times.PHASES.index("lm_head"))
+  counted[2, in_layers, times.KINDS.index("multiply")] = 0
+  counted[2, :, times.KINDS.index("fill")] *= 50
+  found = phase_times.timeline(counted)
+  assert found.num_ctas["lm_head"] == found.num_ctas["qkv"] == 2
+  assert found.phases["lm_head"]["waiting for CTAs"].max == 10
+  assert found.all_phases["waiting for CTAs"].max == 50
+  assert found.reading == pytest.approx(1 - 110 / 400)
+  assert len(found.ctas["computing"]) == 3
+
+
 def test_timeline_says_the_skew():
   found = phase_times.timeline(_counted())
   assert found.cycles_per_us == 2000
@@ -724,6 +750,7 @@ def test_timeline_says_the_skew():
   assert found.ctas["finishing"] == [15, 12.5, 12.5]
   # Full for 6, 5 and 5 times 20 of 400 us.
   assert found.reading == pytest.approx(1 - 320 / 3 / 400)
+  assert found.all_phases["finishing"].max == 15
   lines = phase_times.table(found).splitlines()
   assert len(lines) == 2 + len(phase_times.PHASES) + 1
   assert "| 6.7 (5.0 to 10.0) |" in lines[2]
@@ -761,7 +788,8 @@ def test_launches_are_counted_on_streams_only():
   found = trace.launches(few, many, 4)
   assert found.per_step == 2
   assert (found.longest, found.longest_us, found.gap_us) == ("fused", 90, 10)
-  assert found.mean_gap_us == 20
+  # Of the four steps that are more, one with the look.
+  assert found.mean_gap_us == 27.5
   assert found.us_per_step == {"start": 0, "fused": 90, "pad": 3}
   assert trace.launches([], [], 4) is None
 

@@ -96,7 +96,7 @@ real = check_fused.packing.tensor
 
 def tensor(model, path, layer):
   found = real(model, path, layer)
-  if fault == "two rows" and path[-2:] == ("down_proj", "weight"):
+  if fault == "two rows" and path[-2:] == ("down_proj", "weight") and layer == 2:
     return jax.tree.map(lambda x: x.at[:2].set(x[1::-1]), found)
   if fault == "a sign" and path[0] == "norm":
     return found.at[0].multiply(-1)
@@ -104,23 +104,70 @@ def tensor(model, path, layer):
 
 check_fused.packing.tensor = tensor
 row = check_fused.packing_row("tiny", before, ffjax.pack(model, num_ctas=3))
-print(row.passed, row.check, row.found)
+print(row.passed, row.found)
 """
 
 
 @pytest.mark.parametrize(
   ("format", "fault", "found"),
   [
-    ("bfloat16", "none", "True 20 tensors"),
-    ("int4_g128", "none", "True 20 tensors"),
-    ("bfloat16", "two rows", "False 20 tensors"),
-    ("int4_g128", "two rows", "False 20 tensors"),
-    ("bfloat16", "a sign", "False 20 tensors"),
+    ("bfloat16", "none", "True 0 of 38"),
+    ("int4_g128", "none", "True 0 of 38"),
+    ("bfloat16", "two rows", "False 1 of 38"),
+    ("int4_g128", "two rows", "False 1 of 38"),
+    ("bfloat16", "a sign", "False 1 of 38"),
   ],
 )
 def test_a_bit_that_packing_lost_is_found(format, fault, found):
   done = _python("-c", _PACKING_PROGRAM, format, fault)
   assert done.stdout.startswith(found), done.stdout + done.stderr
+
+
+_LOOPS_PROGRAM = """
+import dataclasses, sys
+from absl import flags
+import ffjax
+from bench import check_fused
+from ffjax import stepping
+
+flags.FLAGS(["check_fused", "--launches=9"])
+check_fused._LOOP_STEPS = 3
+prefill, decode_steps = stepping.prefill, stepping.decode_steps
+loops = []
+
+def other_prefill(*args, implementation, **static):
+  return prefill(*args, implementation="reference", **static)
+
+def other_steps(*args, implementation, **static):
+  state, token_ids = decode_steps(*args, implementation="reference", **static)
+  loops.append(token_ids)
+  if len(loops) == 3 and sys.argv[1] == "a token":
+    token_ids = token_ids.at[1, 2].add(1)
+  if len(loops) == 3 and sys.argv[1] == "a value":
+    v = state.cache.v.at[1, 1, 0, 33, 5].add(1)
+    state = dataclasses.replace(
+      state, cache=dataclasses.replace(state.cache, v=v)
+    )
+  return state, token_ids
+
+stepping.prefill, stepping.decode_steps = other_prefill, other_steps
+model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
+row = check_fused.loops_row("tiny", model, 2)
+print(row.passed, row.found, row.check, loops[0].shape)
+"""
+
+
+@pytest.mark.parametrize(
+  ("fault", "found"),
+  [("none", "True 0"), ("a token", "False 1"), ("a value", "False 1")],
+)
+def test_a_loop_that_differs_is_found(fault, found):
+  done = _python("-c", _LOOPS_PROGRAM, fault)
+  expected = (
+    f"{found} differ in a token, a key or a value batch 2, 3 more loops of 3"
+    " steps (2, 3)\n"
+  )
+  assert done.stdout == expected, done.stdout + done.stderr
 
 
 _GREEDY_PROGRAM = """

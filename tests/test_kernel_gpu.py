@@ -18,7 +18,7 @@ from ffjax.cache import KVCache
 from ffjax.errors import RequestError
 from ffjax.implementation import resolve
 from ffjax.sampling import Sampling, choose
-from pallas_kernels import steps
+from pallas_kernels import mosaic, steps
 
 
 def _why_not() -> str:
@@ -332,6 +332,74 @@ def test_launches_are_the_same_bit_by_bit(model, batch):
     differ(_step(*arguments, name="fused")) for _ in range(_NUM_LAUNCHES)
   ]
   assert int(np.sum(jax.device_get(differing))) == 0
+
+
+_DELAY = (
+  "{ .reg .b32 ns, cta; mov.u32 ns, %clock; mov.u32 cta, %ctaid.x;"
+  " mad.lo.u32 ns, cta, 0x85EBCA6B, ns; mul.lo.u32 ns, ns, 0x9E3779B1;"
+  # Up to 16 us, a fifth of them none.
+  " shr.u32 ns, ns, 18; max.u32 ns, ns, 3277; sub.u32 ns, ns, 3277;"
+  " nanosleep.u32 ns; } "
+)
+_SENT = "st.relaxed.gpu.global.b64"
+_STAMP_IS_WRONG = "setp.ne.b32 again, missing, 0;"
+
+
+def _late(code):
+  """Delays whatever a thread sends to other CTAs, by random times."""
+  return _DELAY + code if _SENT in code else code
+
+
+def _unchecked(code):
+  """Takes words as they are, too."""
+  return _late(code).replace(_STAMP_IS_WRONG, "setp.ne.b32 again, 0, 0;")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+  ("change", "as_before"), [(_late, True), (_unchecked, False)]
+)
+def test_only_stamps_tell_when_words_have_come(
+  model, batch, change, as_before, monkeypatch
+):
+  start = _started(model, batch)
+
+  def loop():
+    state, token_ids = decode.decode_steps(
+      model,
+      jax.tree.map(jnp.copy, start),
+      60,
+      max_steps=60,
+      implementation="fused",
+      stop_on_eos=False,
+    )
+    return [
+      np.asarray(x).view(np.uint8)
+      for x in (token_ids, state.cache.k, state.cache.v)
+    ]
+
+  expected = loop()
+  real = mosaic.asm
+  changed = []
+
+  def asm(code, *operands, **kwargs):
+    changed.append(change(code) != code)
+    return real(change(code), *operands, **kwargs)
+
+  jax.clear_caches()
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(mosaic, "asm", asm)
+      found = [loop() for _ in range(10)]
+  finally:
+    jax.clear_caches()
+  assert any(changed)
+  same = [
+    all(np.array_equal(x, y) for x, y in zip(run, expected, strict=True))
+    for run in found
+  ]
+  # With what it looked for gone, the test has to see it.
+  assert same == [as_before] * len(found)
 
 
 def test_inactive_sequences_are_left_alone(model):

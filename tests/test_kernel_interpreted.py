@@ -148,7 +148,7 @@ def test_activations_come_in_blocks_where_they_are_too_many(
   positions, monkeypatch
 ):
   # Three chunks of columns, of which two fit: the last block is shorter.
-  monkeypatch.setattr(plan_lib, "_X_BYTES", 4096 * len(positions))
+  monkeypatch.setattr(plan_lib, "X_BYTES", 4096 * len(positions))
   g = dataclasses.replace(TINY, num_hidden_layers=1, intermediate_size=2100)
   case = Case(g, 3, 64, positions, (True,) * len(positions))
   plan = plan_lib.make_plan(g, len(positions), 64, 3)

@@ -1,5 +1,6 @@
 """Tests of `pallas_kernels.schedule`: the table against brute-force counts."""
 
+import dataclasses
 import functools
 import math
 
@@ -189,7 +190,7 @@ def test_splits_cover_every_tile_once(position, most):
   assert num_splits <= most
   # Cut where it pays and nowhere else.
   tiles = position // 64 + 1
-  if tiles <= schedule.TILES_AT_ONCE or most == 1:
+  if tiles <= tuning.TILES_AT_ONCE or most == 1:
     assert num_splits == 1
   else:
     assert num_splits > 1
@@ -214,7 +215,7 @@ def test_rounds_are_few_and_then_splits_are(tiles, most, per_split, num_splits):
 @pytest.mark.parametrize("most", [1, 2, 16, 44])
 def test_no_other_splits_take_fewer_rounds_or_fewer_splits(most):
   def rounds(per_split):
-    return math.ceil(per_split / schedule.TILES_AT_ONCE)
+    return math.ceil(per_split / tuning.TILES_AT_ONCE)
 
   for tiles in range(1, 300):
     _, per_split, _, num_splits = split_of(64 * tiles - 1, 0, most)
@@ -379,7 +380,7 @@ def test_a_plan_takes_the_chunks_in_flight_of_its_device(monkeypatch):
   assert in_flight("llama-3.1-8b", "a new GPU") == (5, 6)
 
 
-def test_a_second_warpgroup_computes_where_it_was_faster():
+def test_a_second_warpgroup_computes_where_it_was_faster(monkeypatch):
   def wgs(name, batch, **kwargs):
     return make_plan(_MODELS[name], batch, 64, 132, **kwargs).compute_wgs
 
@@ -390,3 +391,13 @@ def test_a_second_warpgroup_computes_where_it_was_faster():
   assert wgs("llama-3.2-1b", 8, layer_format=int4) == 1
   assert wgs("llama-3.1-8b", 1, layer_format=int4) == 1
   assert wgs("llama-3.2-1b", 1, compute_wgs=2) == 2
+  assert wgs("llama-3.2-1b", 8, device_kind="NVIDIA H200") == 2
+  monkeypatch.setitem(tuning._TWO_COMPUTE_WGS, "a new GPU", {(2048, False, 1)})
+  assert wgs("llama-3.2-1b", 1, device_kind="a new GPU") == 2
+  assert wgs("llama-3.2-1b", 8, device_kind="a new GPU") == 1
+
+
+def test_the_ring_has_the_slots_that_memory_leaves_or_fewer():
+  plan = make_plan(_MODELS["llama-3.2-1b"], 1, 64, 132)
+  assert 8 <= plan.num_slots < tuning.MOST_SLOTS
+  assert dataclasses.replace(plan, most_slots=5).num_slots == 5
