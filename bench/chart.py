@@ -1,11 +1,10 @@
 """The picture of a device's results: ms per step, share of the read ceiling.
 
 One group of bars for each model and context, from all files below the folder
-that have the schema; the newest figure where there are several of one thing, of ours the newest that
-is not from between peers.
-The dark part of a bar is the time in which the device reads as many bytes at
-its ceiling. What others published, or we measured on another day, has an
-outline and no ceiling.
+that have the schema; the newest figure where there are several of one thing, of
+ours the newest that is not from between peers. The dark part of a bar is the time
+in which the device reads as many bytes at its ceiling. What others published, or
+we measured on another day, has an outline and no ceiling.
 """
 
 import dataclasses
@@ -13,13 +12,13 @@ import pathlib
 from typing import Any
 
 from bench import harness, published
-from bench.svg import Drawing
+from bench.svg import WHITE, Drawing
 
 # Full and dark, by who made it.
 _COLORS = {
   "ours": ("#9ecae1", "#2171b5"),
   "in the same run": ("#d9d9d9", "#737373"),
-  "published": ("#ffffff", "#ffffff"),
+  "published": (WHITE, WHITE),
 }
 _OURS = ("fused", "reference")
 _WHOLE_STEPS = ("bench.decode", "bench.xla_peer", "bench.torch_peers")
@@ -173,9 +172,8 @@ def draw(groups: dict[Group, list[Bar]], device: str) -> Drawing:
     for bar in made:
       light, dark = _COLORS[bar.kind]
       length = bar.step_ms * scale
-      outline = "#555" if bar.kind == "published" else "none"
       picture.text(_LEFT - 8, y + 12, bar.label, anchor="end")
-      picture.rectangle(_LEFT, y, length, _BAR, light, outline)
+      picture.rectangle(_LEFT, y, length, _BAR, light)
       figures = f"{bar.step_ms:.3f} ms"
       if bar.share is not None:
         picture.rectangle(_LEFT, y, length * min(bar.share, 1), _BAR, dark)

@@ -4,8 +4,8 @@ For every model, in a process of its own and several at once: logits, new keys
 and values against a float32 reference over batches and positions, after keys and
 values of a text if the weights are a checkpoint's, else after random ones; noise
 beyond the live length; repeated launches and loops bit by bit; and whether packing
-kept the weights. Where asked for: long greedy runs, and KL and NLL on real text. Prints and
-writes each row when it is found, and exits with 1 if a check fails.
+kept the weights. Where asked for: long greedy runs, and KL and NLL on real text.
+Prints and writes each row when it is found, and exits with 1 if a check fails.
 
   python -m bench.check_fused --output=bench/results/h100/check_fused.json
   python -m bench.check_fused --model=llama-2-7b --num_hidden_layers=2 --check=steps
@@ -33,12 +33,13 @@ import numpy as np
 from absl import app, flags
 
 import ffjax
-from bench import environment
+from bench import environment, loops
 from bench.models import MODELS as _FIVE
 from bench.models import SHAPES
 from ffjax import packing, params, stepping
 from ffjax.cache import KVCache, rounded_capacity
 from ffjax.implementation import resolve
+from ffjax.sampling import Sampling
 
 # The other ratios of query to KV heads, 1 and 8, in small models.
 _SMALL = dataclasses.replace(
@@ -261,10 +262,17 @@ def _errors(exact: _Out, bf16: _Out, fused: _Out) -> dict[str, jax.Array]:
 
 
 @jax.jit
+def _same(a: Any, b: Any) -> jax.Array:
+  """Returns whether all arrays of a tree equal another's."""
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return jnp.stack([(x == y).all() for x, y in leaves]).all()
+
+
+@jax.jit
 def _differs(first: _Out, again: _Out) -> jax.Array:
   """Returns whether logits or new rows do, in any bit."""
-  same = (again[0] == first[0]).all()
-  return ~(same & (_new_rows(again[1]) == _new_rows(first[1])).all())
+  logits_and_rows = [(out[0], _new_rows(out[1])) for out in (first, again)]
+  return ~_same(*logits_and_rows)
 
 
 @jax.jit
@@ -366,12 +374,6 @@ def check_launches(name: str, model: ffjax.Model) -> Iterator[Row]:
     yield loops_row(name, model, batch)
 
 
-@jax.jit
-def _same(a: Any, b: Any) -> jax.Array:
-  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return jnp.stack([(x == y).all() for x, y in leaves]).all()
-
-
 def loops_row(name: str, model: ffjax.Model, batch: int) -> Row:
   """Repeats a loop on the device, in which launches use the words of those before.
 
@@ -380,27 +382,15 @@ def loops_row(name: str, model: ffjax.Model, batch: int) -> Row:
     model: the model.
     batch: sequences, each of a prompt of its own.
   """
-  rng = np.random.default_rng(0)
-  prompts = rng.integers(0, model.config.vocab_size, (batch, 32), np.int32)
-  static: dict[str, Any] = dict(implementation="fused", stop_on_eos=False)
-  start = stepping.prefill(
-    model,
-    prompts,
-    np.full(batch, prompts.shape[1], np.int32),
-    capacity=rounded_capacity(prompts.shape[1] + _LOOP_STEPS),
-    **static,
-  )
-
-  def loop() -> Any:
-    # What it is given is donated.
-    state = jax.tree.map(jnp.copy, start)
-    return stepping.decode_steps(
-      model, state, _LOOP_STEPS, max_steps=_LOOP_STEPS, **static
-    )
-
-  first = loop()
+  prompts = loops.prompt(model.config.vocab_size, batch, 32)
+  capacity = rounded_capacity(prompts.shape[1] + _LOOP_STEPS)
+  start = loops.Start.after(model, "fused", prompts, capacity, Sampling())
+  loop = loops.Loop(model, "fused", start, _LOOP_STEPS, Sampling())
+  first = loop.steps(start.copy())
   num_loops = -(-_LAUNCHES.value // _LOOP_STEPS)
-  differing = sum(not _same(first, loop()) for _ in range(num_loops))
+  differing = sum(
+    not _same(first, loop.steps(start.copy())) for _ in range(num_loops)
+  )
   return Row(
     name,
     f"batch {batch}, {num_loops} more loops of {_LOOP_STEPS} steps",

@@ -72,7 +72,7 @@ class Start:
   """Where loops of steps begin: after a prompt that has been run once.
 
   Attributes:
-    state: as `stepping.prefill` returns it. Who donates it copies it first.
+    state: as `stepping.prefill` returns it; to be donated, only as a `copy`.
     compile_s: seconds to compile the prefill.
     prefill_s: seconds to run it.
   """
@@ -80,6 +80,10 @@ class Start:
   state: stepping.DecodeState
   compile_s: float
   prefill_s: float
+
+  def copy(self) -> stepping.DecodeState:
+    """Returns a state that may be donated."""
+    return jax.block_until_ready(jax.tree.map(jnp.copy, self.state))
 
   @classmethod
   def after(
@@ -125,16 +129,11 @@ class Loop:
   num_steps: int
   sampling: Sampling
 
-  def __call__(self) -> LoopRun:
-    """Runs.
-
-    Raises:
-      CheckFailedError: if what was emitted are not that many token ids.
-    """
-    # The loop overwrites its state.
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, self.start.state))
-    begin = time.perf_counter()
-    _, new_tokens = stepping.decode_steps(
+  def steps(
+    self, state: stepping.DecodeState
+  ) -> tuple[stepping.DecodeState, jax.Array]:
+    """Runs from a state, which is donated, as `stepping.decode_steps` does."""
+    return stepping.decode_steps(
       self.model,
       state,
       self.num_steps,
@@ -143,6 +142,16 @@ class Loop:
       implementation=self.implementation,
       stop_on_eos=False,
     )
+
+  def __call__(self) -> LoopRun:
+    """Runs.
+
+    Raises:
+      CheckFailedError: if what was emitted are not that many token ids.
+    """
+    state = self.start.copy()
+    begin = time.perf_counter()
+    _, new_tokens = self.steps(state)
     emitted = np.asarray(new_tokens)
     end = time.perf_counter()
     shape = (len(self.start.state.token_ids), self.num_steps)

@@ -3,6 +3,8 @@
 import pathlib
 from xml.sax.saxutils import escape
 
+# Has an outline.
+WHITE = "#ffffff"
 _FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 
@@ -26,9 +28,9 @@ class Drawing:
     width: float,
     height: float,
     color: str,
-    outline: str = "none",
   ) -> None:
-    """Draws a filled rectangle from its upper left corner."""
+    """Draws a filled rectangle from its upper left corner; `WHITE` is outlined."""
+    outline = "#555" if color == WHITE else "none"
     self._reach(x + width, y + height)
     self._parts.append(
       f"<rect x='{x:.2f}' y='{y:.2f}' width='{width:.2f}'"
@@ -66,10 +68,9 @@ class Drawing:
     )
 
   def legend(self, x: float, y: float, entries: dict[str, str]) -> None:
-    """Draws colours by name, in a row; white has an outline."""
+    """Draws colours by name, in a row."""
     for name, color in entries.items():
-      outline = "#555" if color == "#ffffff" else "none"
-      self.rectangle(x, y - 9, 10, 10, color, outline)
+      self.rectangle(x, y - 9, 10, 10, color)
       self.text(x + 14, y, name, size=11)
       x += 32 + 6.2 * len(name)
 

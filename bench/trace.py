@@ -108,24 +108,25 @@ def launches(
 
   before, after = totals(few), totals(many)
   longest = max(after, key=lambda name: after[name])
-
-  def gaps(events: list[Event]) -> list[float]:
-    own = [e for e in events if e.name == longest]
-    return [
-      later.begin_us - earlier.begin_us - earlier.duration_us
-      for earlier, later in zip(own, own[1:], strict=False)
-    ]
-
+  own = [e for e in many if e.name == longest]
+  gaps = _gaps_us(own)
+  gaps_before = _gaps_us([e for e in few if e.name == longest])
   return Launches(
     per_step=(len(many) - len(few)) / num_steps,
     longest=longest,
-    longest_us=float(
-      np.median([e.duration_us for e in many if e.name == longest])
-    ),
-    gap_us=float(np.median(gaps(many) or 0)),
-    mean_gap_us=(sum(gaps(many)) - sum(gaps(few))) / num_steps,
+    longest_us=float(np.median([e.duration_us for e in own])),
+    gap_us=float(np.median(gaps or 0)),
+    mean_gap_us=(sum(gaps) - sum(gaps_before)) / num_steps,
     us_per_step={
       name: (total - before.get(name, 0.0)) / num_steps
       for name, total in after.items()
     },
   )
+
+
+def _gaps_us(events: list[Event]) -> list[float]:
+  """Lists the times from the end of each to the beginning of the next."""
+  return [
+    later.begin_us - earlier.begin_us - earlier.duration_us
+    for earlier, later in zip(events, events[1:], strict=False)
+  ]

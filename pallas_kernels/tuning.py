@@ -32,7 +32,7 @@ _TWO_COMPUTE_WGS = {
 _DEFAULT = "NVIDIA H100 80GB HBM3"
 
 # The rest is the same for all of them. Slots of the ring are as many as shared
-# memory leaves, since more never cost; this is how many that are at most.
+# memory leaves, which on Hopper is never more than this.
 MOST_SLOTS = 16
 # Activations that do not fit in this come in blocks; what they do not take is slots.
 X_BYTES = 32768

@@ -7,23 +7,24 @@ its second exponent bit, see `STAMP_BIT`. It is written and read whole, by a
 relaxed access of the scope of the GPU; who waits for a result reads its words
 until they bear the stamp. No access is ordered with any other, and none needs to
 be: each word proves that it has come (PTX ISA, "Memory Consistency Model": a
-scalar access of 64 bits is single-copy atomic, a vector one is some of these in no
-order, and relaxed ones by two threads are morally strong). So there is neither a fence, which would wait for the bulk
-loads that are under way, nor a counter. One bit is enough of a stamp, since every
-word is written once in each layer, and whoever wants one has seen the layer's
-before, or that was in an earlier launch: it holds that or the one that is wanted.
-Only `final`, what the last layer puts out, goes to CTAs that see no layer; it is
-written once in each launch, and its stamp counts steps.
+scalar access of 64 bits is single-copy atomic, a vector one is some of these in
+no order, and relaxed ones by two threads are morally strong). So there is neither
+a fence, which would wait for the bulk loads that are under way, nor a counter.
+One bit is enough of a stamp, since every word is written once in each layer, and
+whoever wants one has seen the layer's before, or that was in an earlier launch:
+it holds that or the one that is wanted. Only `final`, what the last layer puts
+out, goes to CTAs that see no layer; it is written once in each launch, and its
+stamp counts steps.
 
 Words are written again in the next layer. By then all who read them have: every
 word of a layer depends on all of the last one's `output`, that on all of
 `hidden`, that on all of `middle`, that on all of `attended`, and each head's part
 of `attended` on its queries, keys, values and `parts`. Whoever reads any of these
 makes something of it that it sends, the last of it after its last read. So every
-reader of a layer's words is upstream of every writer of the next layer's, and would
-read what depends on its own reading if it read that (the same chapter's axiom
-"No-Thin-Air"; there is no other order between the two, nor a need of one). The
-words of a step's last layer, and `candidates`, which bear the same stamp, are
+reader of a layer's words is upstream of every writer of the next layer's, and
+would read what depends on its own reading if it read that (the same chapter's
+axiom "No-Thin-Air"; there is no other order between the two, nor a need of one).
+The words of a step's last layer, and `candidates`, which bear the same stamp, are
 written again in the next launch, which begins when this one has ended. Nothing
 needs to be zero in between.
 

@@ -127,33 +127,33 @@ _LOOPS_PROGRAM = """
 import dataclasses, sys
 from absl import flags
 import ffjax
-from bench import check_fused
+from bench import check_fused, loops
 from ffjax import stepping
 
 flags.FLAGS(["check_fused", "--launches=9"])
 check_fused._LOOP_STEPS = 3
-prefill, decode_steps = stepping.prefill, stepping.decode_steps
-loops = []
+after, decode_steps = loops.Start.after, stepping.decode_steps
+emitted = []
 
-def other_prefill(*args, implementation, **static):
-  return prefill(*args, implementation="reference", **static)
+def other_after(model, implementation, *args):
+  return after(model, "reference", *args)
 
 def other_steps(*args, implementation, **static):
   state, token_ids = decode_steps(*args, implementation="reference", **static)
-  loops.append(token_ids)
-  if len(loops) == 3 and sys.argv[1] == "a token":
+  emitted.append(token_ids)
+  if len(emitted) == 3 and sys.argv[1] == "a token":
     token_ids = token_ids.at[1, 2].add(1)
-  if len(loops) == 3 and sys.argv[1] == "a value":
+  if len(emitted) == 3 and sys.argv[1] == "a value":
     v = state.cache.v.at[1, 1, 0, 33, 5].add(1)
     state = dataclasses.replace(
       state, cache=dataclasses.replace(state.cache, v=v)
     )
   return state, token_ids
 
-stepping.prefill, stepping.decode_steps = other_prefill, other_steps
+loops.Start.after, stepping.decode_steps = other_after, other_steps
 model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
 row = check_fused.loops_row("tiny", model, 2)
-print(row.passed, row.found, row.check, loops[0].shape)
+print(row.passed, row.found, row.check, emitted[0].shape)
 """
 
 

@@ -383,8 +383,9 @@ def test_only_stamps_tell_when_words_have_come(
   changed = []
 
   def asm(code, *operands, **kwargs):
-    changed.append(change(code) != code)
-    return real(change(code), *operands, **kwargs)
+    new = change(code)
+    changed.append(new != code)
+    return real(new, *operands, **kwargs)
 
   jax.clear_caches()
   try:

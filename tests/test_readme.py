@@ -35,9 +35,7 @@ def test_figures_are_those_of_their_files():
     cells = [cell.strip() for cell in row.split("|")]
     device, model, _, step_ms, gbps, share = cells
     result = json.loads((_ROOT / path).read_text())
-    kind = result["device"]
-    kind = kind["kind"] if isinstance(kind, dict) else kind
-    assert kind.endswith(device)
+    assert result["device"]["kind"].endswith(device)
     assert result["flags"]["preset"] == model.lower()
     matching = [
       mean_kl
