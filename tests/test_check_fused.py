@@ -75,8 +75,34 @@ def test_steps_are_checked(fault, flag, passes):
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert [line.startswith("True") for line in lines] == passes, done.stdout
-  assert ("worst ratio 1.00" in lines[0]) == (fault == "none")
+  assert ("ratio 1.00 (of one step at most 1.00)" in lines[0]) == (
+    fault == "none"
+  )
   assert ("by sequence [" in lines[0]) == (not passes[0])
+
+
+_RATIOS_PROGRAM = """
+import sys
+from bench import check_fused
+
+ours = [float(x) for x in sys.argv[1:]]
+errors = [dict(a=x, b=y) for x, y in zip(ours, (0.5, 2.0), strict=True)]
+print(*check_fused.ratios(errors, "a", "b"))
+"""
+
+
+@pytest.mark.parametrize(
+  ("ours", "found"),
+  [
+    (("2", "1"), "1.0 4.0\n"),
+    (("1", "4"), "2.0 2.0\n"),
+    (("nan", "1"), "nan nan\n"),
+    (("1", "nan"), "nan nan\n"),
+  ],
+)
+def test_the_worst_of_all_steps_is_judged(ours, found):
+  done = _python("-c", _RATIOS_PROGRAM, *ours)
+  assert done.stdout == found, done.stdout + done.stderr
 
 
 _PACKING_PROGRAM = """
