@@ -1,7 +1,7 @@
 """What is chosen by measuring, by device and model.
 
-`python -m bench.tune` measures what the table should hold, and `bench/LOG.md`
-has what it found.
+`python -m bench.tune` measures what the table should hold. What it found is in
+`bench/results/*/tune`, and what was made of that in `bench/LOG.md`.
 """
 
 from typing import TypeVar
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 # CTAs exchange too. Of each device, by the width D from which on it holds.
 _IN_FLIGHT = {
   "NVIDIA H100 80GB HBM3": {1: 2, 4096: 3},
-  # The same, by measuring (bench/results/h200/tune), although its memory is faster.
+  # The same, by measuring, although its memory is faster.
   "NVIDIA H200": {1: 2, 4096: 3},
 }
 # Likewise of the LM head: nobody waits for words then. An H100's memory is busy with
