@@ -1,17 +1,24 @@
 """The model that the repository carries: golden text and held-out bits."""
 
+import dataclasses
 import json
 import pathlib
 
 import chex
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ffjax
-from ffjax import decode, scoring
+from ffjax import decode, packed, rope, scoring
+from ffjax.implementation import resolve
 from ffjax.text import ByteTokenizer
+from pallas_kernels import emulator, steps
+from pallas_kernels.plan import make_plan
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CHECKPOINT = _ROOT / "checkpoints" / "tiny_llama"
+_CAPACITY = 1024
 _GOLDEN = json.loads(
   (_ROOT / "tests" / "golden" / "tiny_llama.json").read_text()
 )
@@ -61,3 +68,64 @@ def test_checkpoint_is_what_the_kernel_will_need():
   chex.assert_type(
     model.params["layers"]["mlp"]["gate_proj"]["weight"], "bfloat16"
   )
+
+
+def _logit_errors(model, packed_model, token_ids, lengths, fault):
+  """Returns relative errors of steps after so many tokens: bfloat16's, ours."""
+  batch = len(lengths)
+  state = decode.prefill(
+    model,
+    jnp.broadcast_to(token_ids, (batch, len(token_ids))),
+    lengths,
+    capacity=_CAPACITY,
+    implementation="reference",
+  )
+  cache = state.cache
+  active = jnp.ones(batch, bool)
+
+  def logits_of(name, cache):
+    out = resolve(name).step(model, state.token_ids, active, cache)
+    return np.asarray(out.logits, np.float64)
+
+  exact = logits_of(
+    "reference_float32",
+    dataclasses.replace(
+      cache, k=cache.k.astype(jnp.float32), v=cache.v.astype(jnp.float32)
+    ),
+  )
+  config, params = model.config, packed_model.params
+  plan = make_plan(
+    packed.geometry_of(config), batch, _CAPACITY, params.num_ctas
+  )
+  cos, sin = rope.cos_sin(config, cache.lengths + fault)
+  operands = steps.operands(
+    *(plan, params.operands(), state.token_ids, cache.lengths, active),
+    *(cos[None], sin[None], 1, cache.k, cache.v),
+  )
+  ours = emulator.run(plan, {k: np.asarray(v) for k, v in operands.items()})
+  found = (logits_of("reference", cache), ours.logits[:, : config.vocab_size])
+  return [
+    np.linalg.norm(x - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    for x in found
+  ]
+
+
+@pytest.mark.parametrize(("fault", "passes"), [(0, True), (1, False)])
+def test_rounding_where_the_kernel_does_errs_no_more_than_bfloat16(
+  fault, passes
+):
+  # In the mean of steps: of a single one, either is small by chance, since one
+  # direction that most logits share decides.
+  model = ffjax.load(_CHECKPOINT, dtype="bfloat16")
+  packed_model = ffjax.pack(
+    ffjax.load(_CHECKPOINT, dtype="bfloat16"), num_ctas=3
+  )
+  text = (_CHECKPOINT / "heldout.txt").read_text()
+  token_ids = jnp.asarray(model.tokenizer.encode(text)[:1000])
+  lengths = np.random.default_rng(0).permutation(1000)[:32] + 1
+  errors = [
+    _logit_errors(model, packed_model, token_ids, some, fault)
+    for some in lengths.reshape(4, 8)
+  ]
+  theirs, ours = np.concatenate(errors, axis=1)
+  assert bool(ours.mean() <= 1.5 * theirs.mean()) == passes
