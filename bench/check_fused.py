@@ -82,7 +82,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 2080, "Tokens that `text` scores.")
 _BATCH = flags.DEFINE_multi_integer(
   "batch", None, "Of `steps`, only these batches; all if not given."
 )
-_LAUNCHES = flags.DEFINE_integer("launches", 1000, "How many `launches` makes.")
+_LAUNCHES = flags.DEFINE_integer(
+  "launches", 1000, "How many `launches` makes.", lower_bound=1
+)
 _JOBS = flags.DEFINE_integer("jobs", 7, "Processes at once.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _IN_PROCESS = flags.DEFINE_bool("in_process", False, "No further processes.")
@@ -291,11 +293,7 @@ def _noise_changes_nothing(
 def ratios(
   errors: list[dict[str, Any]], ours: str, theirs: str
 ) -> tuple[float, float]:
-  """Returns our worst error by theirs, and the worst ratio of a step's errors.
-
-  The first one judges, as in `bench.checks`. Of a single step either error may be
-  small by chance, where one large number decides and happens to round well: with
-  the tiny model's weights, bfloat16 errs by 0.0002 to 0.0022 from step to step.
+  """Returns the largest ratio of a step's two errors, and that of the largest.
 
   Args:
     errors: of each step, by name.
@@ -303,11 +301,11 @@ def ratios(
     theirs: name of the bfloat16 reference's.
   """
   # NumPy's maximum, since Python's may pass over what is no number.
+  of_one = np.max([e[ours] / e[theirs] for e in errors])
   our_worst, their_worst = (
     np.max([e[x] for e in errors]) for x in (ours, theirs)
   )
-  of_one = np.max([e[ours] / e[theirs] for e in errors])
-  return float(our_worst / their_worst), float(of_one)
+  return float(of_one), float(our_worst / their_worst)
 
 
 def check_long(name: str, model: ffjax.Model) -> Iterable[Row]:
@@ -350,13 +348,16 @@ def check_steps(
       noisy = _make_cache(model, capacity, positions, 100.0, text)
       again = _step(model, ids, noisy, name="fused")
       unchanged &= bool(_noise_changes_nothing(outs["fused"], noisy, again))
-    ratio, at_once = ratios(errors, "ours", "theirs")
-    ratio_kv, _ = ratios(errors, "our_kv", "their_kv")
-    passed = bool(ratio <= _MOST_ERROR and ratio_kv <= _MOST_ERROR)
+    of_one, of_worst = ratios(errors, "ours", "theirs")
+    of_kv, _ = ratios(errors, "our_kv", "their_kv")
+    # A trained model's logits may share one large direction. Whether it rounds well
+    # in a single step is chance, with either: test_tiny_llama.py shows how much.
+    ratio = of_one if text is None else of_worst
+    passed = bool(ratio <= _MOST_ERROR and of_kv <= _MOST_ERROR)
     found = (
       f"logits error {max(e['ours'] for e in errors):.4f} (bf16 reference"
-      f" {max(e['theirs'] for e in errors):.4f}), ratio {ratio:.2f} (of one step"
-      f" at most {at_once:.2f}), keys and values {ratio_kv:.2f}"
+      f" {max(e['theirs'] for e in errors):.4f}), ratio in one step at most"
+      f" {of_one:.2f}, of the worst {of_worst:.2f}, keys and values {of_kv:.2f}"
     )
     if not passed:
       by_sequence = np.max([e["by_sequence"] for e in errors], axis=0)

@@ -1,7 +1,8 @@
 """Compiles the fused step for H100 without one: registers, spills, memory.
 
-Prints one line per model and batch. Fails if registers spill: a spilled byte is
-memory traffic of every thread. It needs JAX's CUDA plugin and ptxas, no GPU;
+Prints one line per model and batch, with a digest of the kernel's PTX: where that
+is the same, two commits have the same kernel. Fails if registers spill: a spilled
+byte is memory traffic of every thread. It needs JAX's CUDA plugin and ptxas, no GPU;
 about 15 s a line.
 
   python -m bench.compile_sm90a --model=llama-3.2-1b --batch=1 --capacity=4096
@@ -13,15 +14,19 @@ import jax
 from absl import app, flags
 
 from bench.chart import stored_as
-from bench.models import MODELS
+from bench.models import MODELS, SHAPES
 from ffjax import quantized
 from ffjax.packed import chunk_format_of, geometry_of
 from pallas_kernels import aot, formats
 from pallas_kernels.plan import make_plan
 
-_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(MODELS), "Models.")
+_ALL = {**MODELS, **SHAPES}
+_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(_ALL), "Models.")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "Slots of the cache.")
+_DEVICE = flags.DEFINE_string(
+  "device", None, "As JAX names it, for the choices made by measuring."
+)
 _FORMAT = flags.DEFINE_enum(
   "format", None, list(quantized.FORMATS), "What the layers are quantised to."
 )
@@ -55,12 +60,13 @@ def main(argv: list[str]) -> None:
   spilled = False
   for model in _MODEL.value:
     for batch in _BATCH.value:
-      geometry = geometry_of(MODELS[model])
+      geometry = geometry_of(_ALL[model])
       plan = make_plan(
         geometry,
         batch,
         _CAPACITY.value,
         aot.NUM_SMS,
+        _DEVICE.value,
         layer_format=_chunk_format(_FORMAT.value),
         head_format=_chunk_format(_HEAD_FORMAT.value),
       )
@@ -72,6 +78,7 @@ def main(argv: list[str]) -> None:
         f"{report.spill_store_bytes} + {report.spill_load_bytes} bytes spilled, "
         f"{report.stack_bytes} bytes of stack, "
         f"{report.smem_bytes} bytes of shared memory, "
+        f"PTX {report.ptx_sha256[:16]}, "
         f"compiled in {report.compile_s:.1f} s",
         flush=True,
       )

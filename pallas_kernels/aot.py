@@ -6,6 +6,7 @@ needs JAX's CUDA plugin and ptxas, but neither a driver nor CUDA's libraries.
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import re
@@ -72,6 +73,8 @@ class Report:
     spill_load_bytes: likewise, read back.
     stack_bytes: per thread.
     smem_bytes: shared memory of a CTA: arrays and barriers.
+    ptx_sha256: hexadecimal, of the PTX but for the lines of the source; of two
+      trees in which it is the same, the kernel is.
     compile_s: seconds from tracing to machine code.
   """
 
@@ -80,6 +83,7 @@ class Report:
   spill_load_bytes: int
   stack_bytes: int
   smem_bytes: int
+  ptx_sha256: str
   compile_s: float
 
   @property
@@ -175,10 +179,17 @@ def compile_step(
   return compile_for_hopper(step, *of_times, *shapes.values(), donate=donate)
 
 
+def _without_lines(ptx: str) -> str:
+  """Returns PTX without what it says of source lines, comments and spaces."""
+  code, _, _ = ptx.partition(".section")
+  code = re.sub(r"(?m)^\s*\.(loc|file)\b.*$|//.*$", "", code)
+  return " ".join(code.split())
+
+
 def _report(folder: pathlib.Path, compile_s: float) -> Report:
   said = {
     suffix: [p.read_text("utf-8") for p in folder.glob(f"*.{suffix}")]
-    for suffix in ("ptxas", "resources.txt")
+    for suffix in ("ptxas", "resources.txt", "ptx")
   }
   for suffix, texts in said.items():
     if len(texts) != 1:
@@ -186,7 +197,7 @@ def _report(folder: pathlib.Path, compile_s: float) -> Report:
         f"expected one dump *.{suffix}, found {len(texts)} among "
         f"{sorted(p.name for p in folder.iterdir())}"
       )
-  (ptxas,), (resources,) = said.values()
+  (ptxas,), (resources,), (ptx,) = said.values()
 
   def number(pattern: str, text: str) -> int:
     found = re.findall(pattern, text)
@@ -206,5 +217,6 @@ def _report(folder: pathlib.Path, compile_s: float) -> Report:
     stack_bytes=number(r"(\d+) bytes stack frame", ptxas),
     smem_bytes=number(r"smem_scratch_bytes=(\d+)", resources)
     + _BARRIER_BYTES * sum(int(n) * int(count) for n, count in barriers),
+    ptx_sha256=hashlib.sha256(_without_lines(ptx).encode()).hexdigest(),
     compile_s=compile_s,
   )

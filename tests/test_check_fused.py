@@ -75,10 +75,49 @@ def test_steps_are_checked(fault, flag, passes):
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert [line.startswith("True") for line in lines] == passes, done.stdout
-  assert ("ratio 1.00 (of one step at most 1.00)" in lines[0]) == (
-    fault == "none"
-  )
+  same = "at most 1.00, of the worst 1.00, keys and values 1.00" in lines[0]
+  assert same == (fault == "none")
   assert ("by sequence [" in lines[0]) == (not passes[0])
+
+
+_JUDGED_PROGRAM = """
+import sys
+import ffjax
+from absl import flags
+from bench import check_fused
+
+flags.FLAGS(["check_fused", *sys.argv[3:]])
+ours = iter(float(x) for x in sys.argv[1:3])
+theirs = iter((0.5, 2.0))
+real = check_fused._errors
+
+def errors(*outs):
+  return dict(real(*outs), ours=next(ours), theirs=next(theirs))
+
+check_fused._errors = errors
+model = ffjax.load("checkpoints/tiny_llama", dtype="bfloat16")
+step = check_fused._step
+check_fused._step = lambda *args, name: step(
+  *args, name=name.replace("fused", "reference")
+)
+for row in check_fused.check_steps("tiny", model, {1: (128, [(3,), (70,)])}):
+  print(row.passed)
+"""
+
+
+@pytest.mark.parametrize(
+  ("ours", "flag", "passes"),
+  [
+    # Judged by each step, and with a text by the worst of all.
+    (("0.7", "2.9"), [], True),
+    (("0.8", "1"), [], False),
+    (("0.8", "1"), _TEXT, True),
+    (("0.5", "3.1"), _TEXT, False),
+  ],
+)
+def test_a_step_s_error_is_judged_by_bfloat16_s(ours, flag, passes):
+  done = _python("-c", _JUDGED_PROGRAM, *ours, *flag)
+  assert done.stdout.split() == [str(passes), "True"], done.stderr
 
 
 _RATIOS_PROGRAM = """
@@ -94,13 +133,13 @@ print(*check_fused.ratios(errors, "a", "b"))
 @pytest.mark.parametrize(
   ("ours", "found"),
   [
-    (("2", "1"), "1.0 4.0\n"),
+    (("2", "1"), "4.0 1.0\n"),
     (("1", "4"), "2.0 2.0\n"),
     (("nan", "1"), "nan nan\n"),
     (("1", "nan"), "nan nan\n"),
   ],
 )
-def test_the_worst_of_all_steps_is_judged(ours, found):
+def test_ratios_are_of_one_step_and_of_the_worst(ours, found):
   done = _python("-c", _RATIOS_PROGRAM, *ours)
   assert done.stdout == found, done.stdout + done.stderr
 

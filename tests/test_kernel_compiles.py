@@ -230,6 +230,14 @@ def test_spills_are_seen(tmp_path):
     "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
     "ptxas info    : Used 255 registers, used 1 barriers\n"
   )
+  digests = set()
+  for line in (7, 9):
+    (tmp_path / "body_0.ptx").write_text(
+      f"//\n.visible .entry k()\n{{\n\t.loc\t1 {line} 0\n\tret;   // done\n}}\n"
+      f'\t.file\t1 "k.py"\n.section .debug_{line}\n'
+    )
+    digests.add(aot._report(tmp_path, 1.5).ptx_sha256)
+  (digest,) = digests
   report = aot._report(tmp_path, 1.5)
   assert report == aot.Report(
     registers=255,
@@ -237,9 +245,17 @@ def test_spills_are_seen(tmp_path):
     spill_load_bytes=4,
     stack_bytes=16,
     smem_bytes=1024 + 8 * 23,
+    ptx_sha256=digest,
     compile_s=1.5,
   )
   assert report.spills
+
+
+def test_digests_tell_kernels_apart():
+  plans = [
+    make_plan(geometry_of(_CONFIG), b, 1024, aot.NUM_SMS) for b in (1, 2)
+  ]
+  assert len({aot.compile_step(plan).ptx_sha256 for plan in plans}) == 2
 
 
 def test_nothing_to_report_is_an_error():

@@ -70,8 +70,8 @@ def test_checkpoint_is_what_the_kernel_will_need():
   )
 
 
-def _logit_errors(model, packed_model, token_ids, lengths, fault):
-  """Returns relative errors of steps after so many tokens: bfloat16's, ours."""
+def _logits(model, packed_model, token_ids, lengths, scale):
+  """Returns float32's, bfloat16's and the kernel's, after so many tokens."""
   batch = len(lengths)
   state = decode.prefill(
     model,
@@ -83,39 +83,38 @@ def _logit_errors(model, packed_model, token_ids, lengths, fault):
   cache = state.cache
   active = jnp.ones(batch, bool)
 
-  def logits_of(name, cache):
-    out = resolve(name).step(model, state.token_ids, active, cache)
-    return np.asarray(out.logits, np.float64)
+  def logits_of(name, dtype):
+    as_dtype = dataclasses.replace(
+      cache, k=cache.k.astype(dtype), v=cache.v.astype(dtype)
+    )
+    step = resolve(name).step
+    return step(model, state.token_ids, active, as_dtype).logits
 
-  exact = logits_of(
-    "reference_float32",
-    dataclasses.replace(
-      cache, k=cache.k.astype(jnp.float32), v=cache.v.astype(jnp.float32)
-    ),
-  )
   config, params = model.config, packed_model.params
   plan = make_plan(
     packed.geometry_of(config), batch, _CAPACITY, params.num_ctas
   )
-  cos, sin = rope.cos_sin(config, cache.lengths + fault)
+  cos, sin = (scale * x for x in rope.cos_sin(config, cache.lengths))
   operands = steps.operands(
     *(plan, params.operands(), state.token_ids, cache.lengths, active),
     *(cos[None], sin[None], 1, cache.k, cache.v),
   )
   ours = emulator.run(plan, {k: np.asarray(v) for k, v in operands.items()})
-  found = (logits_of("reference", cache), ours.logits[:, : config.vocab_size])
   return [
-    np.linalg.norm(x - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    for x in found
+    np.asarray(x, np.float64)
+    for x in (
+      logits_of("reference_float32", "float32"),
+      logits_of("reference", "bfloat16"),
+      ours.logits[:, : config.vocab_size],
+    )
   ]
 
 
-@pytest.mark.parametrize(("fault", "passes"), [(0, True), (1, False)])
+# The other makes queries and keys 2% too large.
+@pytest.mark.parametrize(("scale", "passes"), [(1, True), (1.02, False)])
 def test_rounding_where_the_kernel_does_errs_no_more_than_bfloat16(
-  fault, passes
+  scale, passes
 ):
-  # In the mean of steps: of a single one, either is small by chance, since one
-  # direction that most logits share decides.
   model = ffjax.load(_CHECKPOINT, dtype="bfloat16")
   packed_model = ffjax.pack(
     ffjax.load(_CHECKPOINT, dtype="bfloat16"), num_ctas=3
@@ -123,9 +122,19 @@ def test_rounding_where_the_kernel_does_errs_no_more_than_bfloat16(
   text = (_CHECKPOINT / "heldout.txt").read_text()
   token_ids = jnp.asarray(model.tokenizer.encode(text)[:1000])
   lengths = np.random.default_rng(0).permutation(1000)[:32] + 1
-  errors = [
-    _logit_errors(model, packed_model, token_ids, some, fault)
+  found = [
+    _logits(model, packed_model, token_ids, some, scale)
     for some in lengths.reshape(4, 8)
   ]
-  theirs, ours = np.concatenate(errors, axis=1)
-  assert bool(ours.mean() <= 1.5 * theirs.mean()) == passes
+  exact, bf16, ours = np.concatenate(found, axis=1)
+  head = np.asarray(model.params["embed_tokens"]["weight"], np.float64)
+  # What of the hidden state nearly all logits share: a single number, so that in
+  # a single step either's error there is small by chance.
+  shared = np.linalg.svd(head, full_matrices=False)[0][:, 0]
+
+  def errors(logits):
+    error = logits - exact
+    return np.linalg.norm(error - np.outer(error @ shared, shared), axis=1)
+
+  within = errors(ours) <= 1.5 * errors(bf16)
+  assert within.all() if passes else not within.any()
