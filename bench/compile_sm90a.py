@@ -21,7 +21,7 @@ from pallas_kernels import aot, formats
 from pallas_kernels.plan import make_plan
 
 _ALL = {**MODELS, **SHAPES}
-_MODEL = flags.DEFINE_multi_enum("model", list(MODELS), list(_ALL), "Models.")
+_MODEL = flags.DEFINE_multi_enum("model", list(_ALL), list(_ALL), "Models.")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "Slots of the cache.")
 _DEVICE = flags.DEFINE_string(

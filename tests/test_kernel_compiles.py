@@ -35,6 +35,12 @@ _MODELS = (
   "llama-3.1-8b",
   "smollm2-135m",
   "tiny-llama",
+  "smollm2-360m",
+  "smollm2-1.7b",
+  "tinyllama-1.1b",
+  "llama-2-7b",
+  "llama-2-13b",
+  "llama-3.1-70b",
 )
 
 
