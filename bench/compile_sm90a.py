@@ -20,8 +20,10 @@ from ffjax.packed import chunk_format_of, geometry_of
 from pallas_kernels import aot, formats
 from pallas_kernels.plan import make_plan
 
-_ALL = {**MODELS, **SHAPES}
-_MODEL = flags.DEFINE_multi_enum("model", list(_ALL), list(_ALL), "Models.")
+_CONFIGS = {**MODELS, **SHAPES}
+_MODEL = flags.DEFINE_multi_enum(
+  "model", list(_CONFIGS), list(_CONFIGS), "Models."
+)
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "Sequences.")
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "Slots of the cache.")
 _DEVICE = flags.DEFINE_string(
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
   spilled = False
   for model in _MODEL.value:
     for batch in _BATCH.value:
-      geometry = geometry_of(_ALL[model])
+      geometry = geometry_of(_CONFIGS[model])
       plan = make_plan(
         geometry,
         batch,

@@ -1,4 +1,4 @@
-"""The five models that the kernel is checked and compiled for, and other shapes."""
+"""The five models that the kernel is checked with, and other shapes."""
 
 import dataclasses
 import pathlib

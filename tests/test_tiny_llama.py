@@ -1,6 +1,5 @@
 """The model that the repository carries: golden text and held-out bits."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 import ffjax
+from bench import checks
 from ffjax import decode, packed, rope, scoring
-from ffjax.implementation import resolve
 from ffjax.text import ByteTokenizer
 from pallas_kernels import emulator, steps
 from pallas_kernels.plan import make_plan
@@ -80,16 +79,7 @@ def _logits(model, packed_model, token_ids, lengths, scale):
     capacity=_CAPACITY,
     implementation="reference",
   )
-  cache = state.cache
-  active = jnp.ones(batch, bool)
-
-  def logits_of(name, dtype):
-    as_dtype = dataclasses.replace(
-      cache, k=cache.k.astype(dtype), v=cache.v.astype(dtype)
-    )
-    step = resolve(name).step
-    return step(model, state.token_ids, active, as_dtype).logits
-
+  cache, active = state.cache, jnp.ones(batch, bool)
   config, params = model.config, packed_model.params
   plan = make_plan(
     packed.geometry_of(config), batch, _CAPACITY, params.num_ctas
@@ -100,13 +90,14 @@ def _logits(model, packed_model, token_ids, lengths, scale):
     *(cos[None], sin[None], 1, cache.k, cache.v),
   )
   ours = emulator.run(plan, {k: np.asarray(v) for k, v in operands.items()})
+  newest = np.asarray(state.token_ids)[:, None]
+  exact, bf16 = (
+    checks.implementation_steps(model, name)(cache, newest)[0]
+    for name in (checks.BASELINE, "reference")
+  )
   return [
     np.asarray(x, np.float64)
-    for x in (
-      logits_of("reference_float32", "float32"),
-      logits_of("reference", "bfloat16"),
-      ours.logits[:, : config.vocab_size],
-    )
+    for x in (exact, bf16, ours.logits[:, : config.vocab_size])
   ]
 
 
